@@ -1,0 +1,51 @@
+# make demo | test | test-all | bench | lint | format | clean
+# PYTHON=python3.12 picks the interpreter; TORCH=<requirement or wheel> picks torch; pip's own variables
+# (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured. See scripts/make_env.py.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export TORCH
+
+.PHONY: demo test test-all bench table lint format native-test clean
+
+demo:
+	$(PYTHON) scripts/make_env.py $(VENV) demo
+	$(BIN)/python examples/demo.py
+
+test: lint native-test
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: lint native-test
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+bench:
+	$(PYTHON) scripts/make_env.py $(VENV) bench
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+table:
+	$(BIN)/python benchmarks/table.py
+
+test-env:
+	$(PYTHON) scripts/make_env.py $(VENV) test
+
+lint: test-env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: test-env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(BIN)/clang-format -i
+
+# The C++ unit tests, under AddressSanitizer and UndefinedBehaviorSanitizer.
+native-test: test-env
+	@$(BIN)/python -c "import cmake, ninja" 2>/dev/null || $(BIN)/python -m pip install -q cmake ninja
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DKD_KERNELS_TESTS=ON -DKD_KERNELS_SANITIZE=ON -DKD_KERNELS_PYTHON=OFF > build-sanitize.log || (cat build-sanitize.log; exit 1)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info kd_kernels/_native*.so

@@ -1,0 +1,121 @@
+// Addresses, integers and floats in; nothing of torch. The Python side keeps the memory alive and checks it.
+#include <pybind11/pybind11.h>
+
+#include "gemm.h"
+#include "row_divergence.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Raised with every change to this file's signatures; kd_kernels/native.py compares.
+constexpr int kAbiVersion = 1;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A pointer member as a Python attribute that holds its address, 0 for null.
+template <class Class, class T>
+void def_pointer(py::class_<Class>& cls, const char* name, T* Class::*member) {
+  cls.def_property(
+      name, [member](const Class& self) { return reinterpret_cast<uintptr_t>(self.*member); },
+      [member](Class& self, uintptr_t address) { self.*member = pointer<T>(address); });
+}
+
+// An enum member as a Python int.
+template <class Class, class Enum>
+void def_enum(py::class_<Class>& cls, const char* name, Enum Class::*member, int count) {
+  cls.def_property(
+      name, [member](const Class& self) { return static_cast<int>(self.*member); },
+      [member, name, count](Class& self, int value) {
+        if (value < 0 || value >= count)
+          throw py::value_error(std::string(name) + " must be in [0, " + std::to_string(count) + "), got " +
+                                std::to_string(value));
+        self.*member = static_cast<Enum>(value);
+      });
+}
+
+void def_side(py::module_& module) {
+  using kd::Side;
+  py::class_<Side> side(module, "Side");
+  side.def(py::init<>());
+  def_pointer(side, "logits", &Side::logits);
+  def_enum(side, "dtype", &Side::dtype, kd::kDtypes);
+  def_pointer(side, "offsets", &Side::offsets);
+  side.def_readwrite("ld", &Side::ld);
+  side.def_readwrite("scale", &Side::scale);
+  side.def_readwrite("softcap", &Side::softcap);
+  def_pointer(side, "temperature", &Side::temperature);
+  def_pointer(side, "grad", &Side::grad);
+  def_enum(side, "grad_dtype", &Side::grad_dtype, kd::kDtypes);
+  def_pointer(side, "grad_offsets", &Side::grad_offsets);
+  side.def_readwrite("grad_ld", &Side::grad_ld);
+}
+
+void def_row_divergence(py::module_& module) {
+  using kd::RowDivergence;
+  py::class_<RowDivergence> args(module, "RowDivergence");
+  args.def(py::init<>());
+  args.def_readwrite("n", &RowDivergence::n);
+  args.def_readwrite("vocab", &RowDivergence::vocab);
+  def_enum(args, "objective", &RowDivergence::objective, kd::kObjectives);
+  args.def_readwrite("student", &RowDivergence::student);  // a reference: args.student.logits = ... works
+  args.def_readwrite("teacher", &RowDivergence::teacher);
+  def_pointer(args, "parameter0", &RowDivergence::parameter0);
+  def_pointer(args, "parameter1", &RowDivergence::parameter1);
+  def_pointer(args, "labels", &RowDivergence::labels);
+  def_pointer(args, "soft_weight", &RowDivergence::soft_weight);
+  def_pointer(args, "hard_weight", &RowDivergence::hard_weight);
+  def_pointer(args, "statistics", &RowDivergence::statistics);
+  def_pointer(args, "terms", &RowDivergence::terms);
+  args.def_readwrite("entropies", &RowDivergence::entropies);
+  args.def_readwrite("threads", &RowDivergence::threads);
+
+  module.def("row_divergence", &kd::row_divergence, py::arg("args"), py::arg("phases"),
+             py::call_guard<py::gil_scoped_release>());
+}
+
+void gemm_bf16(int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t b, int64_t b_row,
+               int64_t b_col, uintptr_t c, int64_t ldc, bool accumulate, int threads) {
+  kd::GemmBf16 args;
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  args.a = pointer<const uint16_t>(a);
+  args.a_row = a_row;
+  args.a_col = a_col;
+  args.b = pointer<const uint16_t>(b);
+  args.b_row = b_row;
+  args.b_col = b_col;
+  args.c = pointer<float>(c);
+  args.ldc = ldc;
+  args.accumulate = accumulate;
+  args.threads = threads;
+  kd::gemm_bf16(args);
+}
+
+void def_gemm(py::module_& module) {
+  module.def("gemm_bf16_available", &kd::gemm_bf16_available);
+  module.def("gemm_bf16", &gemm_bf16, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a"), py::arg("a_row"),
+             py::arg("a_col"), py::arg("b"), py::arg("b_row"), py::arg("b_col"), py::arg("c"), py::arg("ldc"),
+             py::arg("accumulate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.attr("abi_version") = kAbiVersion;
+  def_side(module);
+  def_row_divergence(module);
+  def_gemm(module);
+
+  module.def("instruction_set", &kd::instruction_set);
+  py::list objectives;
+  for (int i = 0; i < kd::kObjectives; ++i) objectives.append(kd::objective_name(static_cast<kd::Objective>(i)));
+  module.attr("objectives") = py::tuple(objectives);
+  module.attr("STATISTICS") = static_cast<unsigned>(kd::kStatistics);
+  module.attr("TERMS") = static_cast<unsigned>(kd::kTerms);
+  module.attr("GRADIENT") = static_cast<unsigned>(kd::kGradient);
+}

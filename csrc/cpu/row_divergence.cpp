@@ -1,0 +1,58 @@
+// Chooses the instruction set at run time.
+#include "../row_divergence.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "row_divergence_isa.h"
+
+namespace kd {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  void (*row_divergence)(const RowDivergence&, unsigned);
+};
+
+InstructionSet choose() {
+  const char* requested = std::getenv("KD_KERNELS_ISA");
+  const auto allows = [&](const char* weaker) { return !requested || std::strcmp(requested, weaker) != 0; };
+#if defined(KD_KERNELS_X86)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && allows("avx2") && allows("baseline")) return {"avx512", avx512::row_divergence};
+  if (avx2 && allows("baseline")) return {"avx2", avx2::row_divergence};
+#else
+  (void)allows;
+#endif
+  return {"baseline", baseline::row_divergence};
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet instruction_set = choose();
+  return instruction_set;
+}
+
+}  // namespace
+
+void row_divergence(const RowDivergence& args, unsigned phases) {
+  if (args.n > 0) chosen().row_divergence(args, phases);
+}
+
+const char* instruction_set() { return chosen().name; }
+
+const char* objective_name(Objective objective) {
+  switch (objective) {
+    case Objective::forward_kl: return "forward_kl";
+    case Objective::reverse_kl: return "reverse_kl";
+    case Objective::jensen_shannon: return "jensen_shannon";
+    case Objective::skew_kl: return "skew_kl";
+    case Objective::skew_reverse_kl: return "skew_reverse_kl";
+    case Objective::total_variation: return "total_variation";
+    case Objective::weighted_kl: return "weighted_kl";
+  }
+  return "";
+}
+
+}  // namespace kd

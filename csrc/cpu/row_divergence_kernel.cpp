@@ -1,0 +1,410 @@
+// The row kernel for one instruction set: compiled once per KD_ISA, called through row_divergence.cpp.
+//
+// A strip is kLanes numbers wide: one row whose vocabulary runs along the lanes (row-major), or as many
+// tokens as there are lanes (vocabulary-major). It is walked in blocks: load converts type, layout, scale
+// and softcap away; the arithmetic is templated on the objective and the number type only; store
+// converts back. So storage and objectives never multiply.
+#include <cstdlib>
+
+#include "row_divergence_blocks.h"
+#include "row_divergence_isa.h"
+
+namespace kd {
+namespace KD_ISA {
+namespace {
+
+// Student parts and probabilities of a whole strip, kept between the terms and the gradient pass while
+// they fit a core's share of cache; recomputing them gives the same bits, later.
+constexpr int64_t kKeepBytes = int64_t{10} << 20;
+
+template <class T>
+struct SoftBlocks {
+  SoftBlock<T> variant[2][2];  // [sums][teacher]
+  bool student_sums_to_zero, teacher_sums_to_zero;
+};
+
+template <class T, class Functor>
+SoftBlocks<T> soft_blocks_of() {
+  return {{{soft_block<Functor, T, false, false>, soft_block<Functor, T, false, true>},
+           {soft_block<Functor, T, true, false>, soft_block<Functor, T, true, true>}},
+          Functor::kStudentSumsToZero,
+          Functor::kTeacherSumsToZero};
+}
+
+template <class T>
+SoftBlocks<T> soft_blocks(Objective objective) {
+  switch (objective) {
+    case Objective::forward_kl: return soft_blocks_of<T, ForwardKL>();
+    case Objective::reverse_kl: return soft_blocks_of<T, ReverseKL>();
+    case Objective::jensen_shannon: return soft_blocks_of<T, JensenShannon>();
+    case Objective::skew_kl: return soft_blocks_of<T, SkewKL>();
+    case Objective::skew_reverse_kl: return soft_blocks_of<T, SkewReverseKL>();
+    case Objective::total_variation: return soft_blocks_of<T, TotalVariation>();
+    case Objective::weighted_kl: break;
+  }
+  return soft_blocks_of<T, WeightedKL>();
+}
+
+
+int element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return 8;
+    case Dtype::float32: return 4;
+    case Dtype::bfloat16:
+    case Dtype::float16: break;
+  }
+  return 2;
+}
+
+template <class T>
+class StripRunner {
+ public:
+  StripRunner(const RowDivergence& args, unsigned phases)
+      : args_(args),
+        phases_(phases),
+        row_major_(args.student.offsets != nullptr),
+        soft_(soft_blocks<T>(args.objective)),
+        want_terms_(phases & kTerms),
+        want_student_(phases & kGradient && args.student.grad),
+        want_teacher_(phases & kGradient && args.teacher.grad) {
+    // Without a gradient phase in this call, a later one may want either side's sum.
+    teacher_parts_ = want_teacher_ || !(phases & kGradient);
+    fused_ = want_terms_ && (!want_student_ || soft_.student_sums_to_zero) &&
+             (!want_teacher_ || soft_.teacher_sums_to_zero);
+    const int64_t steps = (args.vocab + step_width() - 1) / step_width();
+    const int64_t bytes = 2 * steps * kLanes<T> * static_cast<int64_t>(sizeof(T));
+    if (want_terms_ && want_student_ && !want_teacher_ && !fused_ && bytes <= kKeepBytes) {
+      kept_ = static_cast<T*>(std::malloc(static_cast<size_t>(bytes)));
+      kept_q_ = kept_ + steps * kLanes<T>;
+    }
+  }
+  ~StripRunner() { std::free(kept_); }
+  StripRunner(const StripRunner&) = delete;
+  StripRunner& operator=(const StripRunner&) = delete;
+
+  static int64_t strips(const RowDivergence& args) {
+    return args.student.offsets ? args.n : (args.n + kLanes<T> - 1) / kLanes<T>;
+  }
+
+  void run(int64_t strip) {
+    first_ = row_major_ ? strip : strip * kLanes<T>;
+    tokens_ = row_major_ ? 1 : static_cast<int>(args_.n - first_ < kLanes<T> ? args_.n - first_ : kLanes<T>);
+    set_up_lanes();
+    if (phases_ & kStatistics) statistics_pass();
+    if (!want_terms_ && !want_student_ && !want_teacher_) return;
+    read_statistics();
+    if (want_terms_) {
+      sums_ = Sums<T>();
+      if (fused_ && (want_student_ || want_teacher_)) {
+        gradient_pass();
+      } else {
+        terms_pass();
+      }
+      write_terms();
+      if (fused_) return;
+      read_sums();
+    } else {
+      read_sums();
+    }
+    if (want_student_ || want_teacher_) gradient_pass();
+  }
+
+ private:
+  // Vocabulary entries per step of a strip.
+  int64_t step_width() const { return row_major_ ? kLanes<T> : 1; }
+  int64_t block_width() const { return kSteps * step_width(); }
+
+  // The token that a lane belongs to; lanes past the last token repeat it and are never written.
+  int64_t token(int lane) const { return row_major_ ? first_ : first_ + (lane < tokens_ ? lane : tokens_ - 1); }
+  double* statistics(int64_t row) const { return args_.statistics + row * kStatisticColumns; }
+
+  BlockShape shape(const int64_t* offsets, int64_t ld, int64_t v) const {
+    const int64_t left = args_.vocab - v;
+    if (row_major_) {
+      const int64_t count = left < block_width() ? left : block_width();
+      const int steps = static_cast<int>((count + kLanes<T> - 1) / kLanes<T>);
+      const int last = static_cast<int>(count - int64_t{steps - 1} * kLanes<T>);
+      return {offsets[first_] + v, kLanes<T>, steps, kLanes<T>, last};
+    }
+    return {v * ld + first_, ld, static_cast<int>(left < kSteps ? left : kSteps), tokens_, tokens_};
+  }
+
+  // Row-major blocks follow one another, which the hardware sees by itself.
+  Ahead ahead(const Side& side, int64_t v) const {
+    Ahead next;
+    next.address = reinterpret_cast<uintptr_t>(side.logits);
+    if (row_major_ || v + kSteps >= args_.vocab) return next;
+    next.number_bytes = element_size(side.dtype);
+    next.step_bytes = side.ld * next.number_bytes;
+    next.address += static_cast<uintptr_t>((v + kSteps) * next.step_bytes + first_ * next.number_bytes);
+    return next;
+  }
+
+  int load(const Side& side, int64_t v, Block<T>& z) const {
+    const BlockShape at = shape(side.offsets, side.ld, v);
+    load_block(side.logits, side.dtype, at, z.at);
+    if (side.scale != 1.0 || side.softcap != 0.0) apply_head(z.at, at.steps, side.scale, side.softcap);
+    if (row_major_) {
+      for (int i = at.last_width; i < kLanes<T>; ++i)
+        z.at[(at.steps - 1) * kLanes<T> + i] = -kInfinity<T>;
+    }
+    return at.steps;
+  }
+
+  void store(const Side& side, int64_t v, const Block<T>& z, T* gradient) const {
+    const BlockShape at = shape(side.grad_offsets, side.grad_ld, v);
+    if (side.softcap != 0.0) chain_softcap(gradient, z.at, at.steps, side.softcap);
+    store_block(gradient, side.grad_dtype, at, side.grad);
+  }
+
+  void set_up_lanes() {
+    any_label_ = any_hard_ = false;
+    all_temperatures_one_ = true;
+    for (int i = 0; i < kLanes<T>; ++i) {
+      const int64_t row = token(i);
+      set_up_side(args_.student, row, i, student_);
+      set_up_side(args_.teacher, row, i, teacher_);
+      const double first = args_.parameter0 ? args_.parameter0[row] : 0.0;
+      pair_.first.at[i] = static_cast<T>(first);
+      pair_.first_complement.at[i] = static_cast<T>(1.0 - first);
+      pair_.second.at[i] = static_cast<T>(args_.parameter1 ? args_.parameter1[row] : 0.0);
+
+      const bool tempered = args_.student.temperature[row] != 1.0;
+      all_temperatures_one_ = all_temperatures_one_ && !tempered;
+      hard_.temperature_is_one.at[i] = tempered ? T(0) : T(1);
+      hard_.coefficient.at[i] = hard_.poison.at[i] = T(0);
+      label_[i] = -1;
+      if (!args_.labels) continue;
+      any_label_ = true;
+      const bool in_range = args_.labels[row] >= 0 && args_.labels[row] < args_.vocab;
+      if (in_range) label_[i] = args_.labels[row];
+      const double weight = weight_of(args_.hard_weight, row);
+      hard_.coefficient.at[i] = static_cast<T>(weight * args_.student.scale);
+      const bool counts = weight != 0.0 || weight_of(args_.soft_weight, row) != 0.0;
+      if (!in_range && counts) hard_.poison.at[i] = kNaN<T>;
+      any_hard_ = any_hard_ || weight != 0.0 || (!in_range && counts);
+    }
+  }
+
+  static double weight_of(const double* weights, int64_t row) { return weights ? weights[row] : 0.0; }
+
+  void set_up_side(const Side& side, int64_t row, int lane, SideLanes<T>& lanes) const {
+    const double temperature = side.temperature[row];
+    lanes.inverse_temperature.at[lane] = static_cast<T>(1.0 / temperature);
+    lanes.coefficient.at[lane] = static_cast<T>(weight_of(args_.soft_weight, row) * side.scale / temperature);
+  }
+
+  void statistics_pass() {
+    const bool hard = any_label_ && !all_temperatures_one_;
+    for (int i = 0; i < tokens_; ++i)
+      statistics(token(i))[kLabelLogit] = kNaN<double>;
+    online_student_.reset();
+    online_teacher_.reset();
+    for (int64_t v = 0; v < args_.vocab; v += block_width()) {
+      const int steps = load(args_.student, v, z_student_);
+      if (hard) {
+        accumulate_exp<T, true>(z_student_.at, steps, student_, ahead(args_.student, v), online_student_);
+      } else {
+        accumulate_exp<T, false>(z_student_.at, steps, student_, ahead(args_.student, v), online_student_);
+      }
+      if (any_label_) {
+        for (int i = 0; i < tokens_; ++i)
+          if (const T* z = label_entry(z_student_.at, v, i)) statistics(token(i))[kLabelLogit] = static_cast<double>(*z);
+      }
+      load(args_.teacher, v, z_teacher_);
+      accumulate_exp<T, false>(z_teacher_.at, steps, teacher_, ahead(args_.teacher, v), online_teacher_);
+    }
+    for (int i = 0; i < tokens_; ++i) {
+      double* row = statistics(token(i));
+      double unused;
+      reduce_statistics(online_student_, student_, i, hard, row[kMaxStudent], row[kLogzStudent], row[kLogzHard]);
+      reduce_statistics(online_teacher_, teacher_, i, false, row[kMaxTeacher], row[kLogzTeacher], unused);
+    }
+  }
+
+  // Where the label of the i-th token stands in a block that begins at v; null: elsewhere.
+  T* label_entry(T* block, int64_t v, int i) const {
+    const int64_t at = label_[i] - v;
+    if (label_[i] < v || at >= block_width()) return nullptr;
+    return block + (row_major_ ? at : at * kLanes<T> + i);
+  }
+
+  void reduce_statistics(const OnlineSum<T>& online, const SideLanes<T>& side, int token, bool hard, double& max,
+                         double& logz, double& logz_hard) const {
+    const int begin = row_major_ ? 0 : token, end = row_major_ ? kLanes<T> : token + 1;
+    max = -kInfinity<double>;
+    for (int i = begin; i < end; ++i) max = online.max.at[i] > max ? static_cast<double>(online.max.at[i]) : max;
+    const double inverse_temperature = static_cast<double>(side.inverse_temperature.at[begin]);
+    double soft_sum = 0.0, hard_sum = 0.0;
+    for (int i = begin; i < end; ++i) {
+      // A lane of nothing but -inf; a NaN among them makes its sum NaN, not 0.
+      if (online.soft[i] == 0.0) continue;
+      const double step = static_cast<double>(online.max.at[i]) - max;
+      soft_sum += online.soft[i] * (step == 0.0 ? 1.0 : __builtin_exp(step * inverse_temperature));
+      if (hard) hard_sum += online.hard[i] * (step == 0.0 ? 1.0 : __builtin_exp(step));
+    }
+    // A sum of 0 is a row without a finite logit, which has no distribution.
+    const double nan = kNaN<double>;
+    logz = soft_sum == 0.0 ? nan : __builtin_log(soft_sum);
+    logz_hard = !hard ? logz : hard_sum == 0.0 ? nan : __builtin_log(hard_sum);
+  }
+
+  void read_statistics() {
+    for (int i = 0; i < kLanes<T>; ++i) {
+      const double* row = statistics(token(i));
+      student_.max.at[i] = static_cast<T>(row[kMaxStudent]);
+      student_.logz.at[i] = static_cast<T>(row[kLogzStudent]);
+      teacher_.max.at[i] = static_cast<T>(row[kMaxTeacher]);
+      teacher_.logz.at[i] = static_cast<T>(row[kLogzTeacher]);
+      pair_.logz_difference.at[i] = static_cast<T>(row[kLogzStudent] - row[kLogzTeacher]);
+      hard_.logz.at[i] = static_cast<T>(row[kLogzHard]);
+    }
+  }
+
+  void read_sums() {
+    for (int i = 0; i < kLanes<T>; ++i) {
+      student_.sum.at[i] = static_cast<T>(statistics(token(i))[kSumStudent]);
+      teacher_.sum.at[i] = static_cast<T>(statistics(token(i))[kSumTeacher]);
+    }
+  }
+
+  void terms_pass() {
+    const bool keep = kept_ && want_student_;
+    for (int64_t v = 0; v < args_.vocab; v += block_width()) {
+      const int steps = load(args_.student, v, z_student_);
+      load(args_.teacher, v, z_teacher_);
+      Planes<T> planes;
+      if (keep) {
+        planes.student = kept_ + v / step_width() * kLanes<T>;
+        planes.q = kept_q_ + v / step_width() * kLanes<T>;
+      }
+      soft_.variant[1][teacher_parts_](z_student_.at, z_teacher_.at, steps, student_, teacher_, pair_,
+                                       ahead(args_.student, v), ahead(args_.teacher, v), planes, &sums_);
+      add_entropies(steps);
+    }
+  }
+
+  void add_entropies(int steps) {
+    if (!args_.entropies) return;
+    entropy_block(z_student_.at, steps, student_, sums_.student_entropy);
+    entropy_block(z_teacher_.at, steps, teacher_, sums_.teacher_entropy);
+  }
+
+  void gradient_pass() {
+    const bool kept = kept_ && !fused_;
+    const bool q_needed = !soft_.student_sums_to_zero || any_hard_;
+    const bool p_needed = !soft_.teacher_sums_to_zero;
+    const bool z_needed = !kept || args_.student.softcap != 0.0 || (any_hard_ && !all_temperatures_one_);
+    for (int64_t v = 0; v < args_.vocab; v += block_width()) {
+      const int steps = shape(args_.student.offsets, args_.student.ld, v).steps;
+      if (z_needed) load(args_.student, v, z_student_);
+      Planes<T> planes;
+      if (kept) {
+        planes.student = kept_ + v / step_width() * kLanes<T>;
+        planes.q = kept_q_ + v / step_width() * kLanes<T>;
+      } else {
+        load(args_.teacher, v, z_teacher_);
+        if (want_student_) {
+          planes.student = student_part_.at;
+          planes.q = q_needed ? q_.at : nullptr;
+        }
+        if (want_teacher_) {
+          planes.teacher = teacher_part_.at;
+          planes.p = p_needed ? p_.at : nullptr;
+        }
+        soft_.variant[fused_][fused_ ? teacher_parts_ : want_teacher_](z_student_.at, z_teacher_.at, steps, student_,
+                                                                      teacher_, pair_, ahead(args_.student, v),
+                                                                      ahead(args_.teacher, v), planes, &sums_);
+        if (fused_) add_entropies(steps);
+      }
+      if (want_student_) {
+        finish_block(planes.student, soft_.student_sums_to_zero ? nullptr : planes.q, steps, student_);
+        if (any_hard_) add_hard(planes.student, planes.q, v, steps);
+        store(args_.student, v, z_student_, planes.student);
+      }
+      if (want_teacher_) {
+        finish_block(planes.teacher, planes.p, steps, teacher_);
+        store(args_.teacher, v, z_teacher_, planes.teacher);
+      }
+    }
+  }
+
+  void add_hard(T* gradient, const T* q, int64_t v, int steps) const {
+    add_hard_block(gradient, q, z_student_.at, steps, student_, hard_);
+    for (int i = 0; i < tokens_; ++i)
+      if (T* entry = label_entry(gradient, v, i)) *entry -= hard_.coefficient.at[i];
+  }
+
+  double reduce(const double* lanes, int token) const {
+    if (!row_major_) return lanes[token];
+    double total = 0.0;
+    for (int i = 0; i < kLanes<T>; ++i) total += lanes[i];
+    return total;
+  }
+
+  void write_terms() {
+    for (int i = 0; i < tokens_; ++i) {
+      double* row = statistics(token(i));
+      double* terms = args_.terms + token(i) * kTermColumns;
+      row[kSumStudent] = reduce(sums_.student, i);
+      row[kSumTeacher] = reduce(sums_.teacher, i);
+      terms[kSoft] = reduce(sums_.term, i);
+      terms[kHard] = args_.labels ? row[kLogzHard] - (row[kLabelLogit] - row[kMaxStudent]) : 0.0;
+      terms[kStudentEntropy] = reduce(sums_.student_entropy, i);
+      terms[kTeacherEntropy] = reduce(sums_.teacher_entropy, i);
+    }
+  }
+
+  const RowDivergence& args_;
+  const unsigned phases_;
+  const bool row_major_;
+  const SoftBlocks<T> soft_;
+  const bool want_terms_, want_student_, want_teacher_;
+  bool teacher_parts_, fused_;
+  T *kept_ = nullptr, *kept_q_ = nullptr;
+
+  int64_t first_ = 0;  // token of the strip
+  int tokens_ = 0;     // in the strip
+  bool any_label_ = false, any_hard_ = false, all_temperatures_one_ = true;
+  int64_t label_[kLanes<T>];  // -1: none in range
+  SideLanes<T> student_, teacher_;
+  PairLanes<T> pair_;
+  HardLanes<T> hard_;
+  OnlineSum<T> online_student_, online_teacher_;
+  Sums<T> sums_;
+  Block<T> z_student_, z_teacher_, student_part_, q_, teacher_part_, p_;
+};
+
+template <class T>
+void run_strips(const RowDivergence& args, unsigned phases) {
+  const int64_t strips = StripRunner<T>::strips(args);
+  // Waking a team costs some microseconds: as long as one thread takes for this many entries.
+  constexpr double kSmall = 1 << 14;
+  int64_t threads = static_cast<double>(args.n) * static_cast<double>(args.vocab) < kSmall ? 1 : args.threads;
+  threads = threads < strips ? threads : strips;
+  if (threads <= 1) {
+    StripRunner<T> runner(args, phases);
+    for (int64_t strip = 0; strip < strips; ++strip) runner.run(strip);
+    return;
+  }
+#pragma omp parallel num_threads(static_cast <int>(threads))
+  {
+    StripRunner<T> runner(args, phases);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < strips; ++strip) runner.run(strip);
+  }
+}
+
+}  // namespace
+
+void row_divergence(const RowDivergence& args, unsigned phases) {
+  const bool wide = args.student.dtype == Dtype::float64 || args.teacher.dtype == Dtype::float64;
+  if (wide) {
+    run_strips<double>(args, phases);
+  } else {
+    run_strips<float>(args, phases);
+  }
+}
+
+}  // namespace KD_ISA
+}  // namespace kd

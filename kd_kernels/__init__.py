@@ -1,0 +1,50 @@
+"""Fused knowledge-distillation losses from hidden states and LM-head weights.
+
+``import kd_kernels as kd``; see :func:`kd_kernels.distill`.
+"""
+
+from pathlib import Path as _Path
+
+# In a source checkout the Triton kernels lie beside this folder, not inside it: let the package find
+# them there when the checkout itself is on sys.path.
+_here = _Path(__file__).resolve().parent
+if not (_here / "triton_kernels").exists() and (_here.parent / "triton_kernels").exists():
+    __path__.append(str(_here.parent))
+
+from kd_kernels.backends import BackendUnavailable  # noqa: E402
+from kd_kernels.distill import DistillationLoss, Parts, distill, next_token_labels  # noqa: E402
+from kd_kernels.drivers.workspace import release_workspace  # noqa: E402
+from kd_kernels.objectives import (  # noqa: E402
+    CATALOGUE,
+    ForwardKL,
+    JensenShannon,
+    Objective,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TotalVariation,
+    WeightedKL,
+)
+from kd_kernels.sources import Head, Logits  # noqa: E402
+from kd_kernels.version import __version__  # noqa: E402
+
+__all__ = [
+    "CATALOGUE",
+    "BackendUnavailable",
+    "DistillationLoss",
+    "ForwardKL",
+    "Head",
+    "JensenShannon",
+    "Logits",
+    "Objective",
+    "Parts",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "TotalVariation",
+    "WeightedKL",
+    "__version__",
+    "distill",
+    "next_token_labels",
+    "release_workspace",
+]

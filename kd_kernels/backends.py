@@ -1,0 +1,66 @@
+"""Which backend serves which op, and why one cannot serve a call.
+
+``backend=None`` takes the first of :data:`ORDER` without an objection. A backend named by the caller
+serves the call or raises with its reasons: nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+
+from kd_kernels import native
+from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
+from kd_kernels.rows import RowJob
+
+RowKernel = Callable[[RowJob, int], None]
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named that cannot serve the call, or none can; the message holds the reasons."""
+
+
+def _cpu_objections(device: torch.device) -> list[str]:
+    reasons = []
+    if device.type != "cpu":
+        reasons.append(f"serves CPU tensors, got {device}")
+    if (missing := native.why_not()) is not None:
+        reasons.append(missing)
+    return reasons
+
+
+def _not_built(device: torch.device) -> list[str]:
+    return ["not part of this release"]
+
+
+# op -> backend -> (kernel, objections); in the order in which they are tried.
+TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], list[str]]]]] = {
+    "row_divergence": {
+        "cpu": (native.row_divergence, _cpu_objections),
+        "triton": (None, _not_built),
+        "cuda": (None, _not_built),
+        "reference": (reference_row_divergence, lambda device: []),
+    },
+}
+
+
+def pick(op: str, device: torch.device, backend: Optional[str]) -> tuple[str, RowKernel]:
+    """(name, kernel) of the backend that serves ``op`` on ``device``.
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name.
+        BackendUnavailable: the named backend cannot serve the call.
+    """
+    offers = TABLE[op]
+    if backend is not None and backend not in offers:
+        raise ValueError(f"backend must be one of {', '.join(offers)} or None, got {backend!r}")
+    refused = []
+    for name in [backend] if backend else offers:
+        kernel, objections = offers[name]
+        reasons = objections(device)
+        if not reasons and kernel is not None:
+            return name, kernel
+        refused.append(f"{name}: {'; '.join(reasons)}")
+    raise BackendUnavailable(f"{op} on {device}: " + " | ".join(refused))

@@ -1,0 +1,367 @@
+"""The public call: checks, masks, defaults, reduction. Everything below it works on flat tokens."""
+
+from __future__ import annotations
+
+import numbers
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from kd_kernels import rows as R
+from kd_kernels.backends import BackendUnavailable
+from kd_kernels.objectives import Objective
+from kd_kernels.ops.row_divergence import row_divergence
+from kd_kernels.sources import FLOATING, Head, Source, as_source
+
+__all__ = ["BackendUnavailable", "DistillationLoss", "Parts", "distill", "next_token_labels"]
+
+REDUCTIONS = ("mean", "sum", "batchmean", "none")
+Scalar = Union[float, Tensor]
+
+
+class Parts(NamedTuple):
+    """What the loss is made of; detached. Per-token tensors have the leading shape of the tokens and
+    are 0 at tokens that do not count."""
+
+    soft: Tensor
+    """The divergence in nats, unweighted (without temperature squared)."""
+    hard: Tensor
+    """The cross-entropy with the labels at temperature 1, unweighted; 0 without labels."""
+    student_entropy: Tensor
+    """Entropy in nats of the student's distribution at its temperature."""
+    teacher_entropy: Tensor
+    """Entropy in nats of the teacher's distribution at its temperature."""
+    valid_tokens: Tensor
+    """0-d int64: how many tokens count."""
+
+
+def distill(
+    student: Source | Tensor,
+    teacher: Source | Tensor,
+    objective: Objective,
+    *,
+    labels: Optional[Tensor] = None,
+    ignore_index: int = -100,
+    mask: Optional[Tensor] = None,
+    token_weight: Optional[Tensor] = None,
+    temperature: Scalar = 1.0,
+    teacher_temperature: Optional[Scalar] = None,
+    temperature_squared: bool = False,
+    hard_weight: float = 0.0,
+    soft_weight: float = 1.0,
+    reduction: str = "mean",
+    num_items: Optional[Scalar] = None,
+    vocab: str = "error",
+    teacher_grad: bool = False,
+    compact: bool = True,
+    return_parts: bool = False,
+    backend: Optional[str] = None,
+    logits_dtype: Optional[torch.dtype] = None,
+    workspace_bytes: Optional[int] = None,
+) -> Tensor | tuple[Tensor, Parts]:
+    """Distillation loss of two models' next-token distributions, without ``[tokens, vocab]`` logits.
+
+    Per token: ``hard_weight * CE(labels) + soft_weight * objective(p, q)``.
+
+    Args:
+        student: :class:`Head`, :class:`Logits` or a tensor of logits; leading dimensions are tokens.
+        teacher: likewise, with the same leading shape; its hidden size may differ. A constant unless
+            ``teacher_grad``.
+        objective: an entry of :mod:`kd_kernels.objectives`.
+        labels: integer, leading shape, as they stand beside the hidden states (see
+            :func:`next_token_labels`).
+        ignore_index: tokens with this label do not count.
+        mask: bool, leading shape; True = counts. Combines with ``labels``.
+        token_weight: leading shape; multiplies each token's loss (the sum, not the denominator).
+        temperature: > 0, number or leading shape; divides the student's logits, and the teacher's too
+            unless it has its own.
+        teacher_temperature: > 0, number or leading shape; None: as ``temperature``.
+        temperature_squared: multiply value and gradient of the divergence by the student's
+            temperature squared.
+        hard_weight: weight of the cross-entropy (at temperature 1); needs ``labels`` unless 0.
+        soft_weight: weight of the divergence.
+        reduction: ``"mean"``: sum / max(tokens that count, 1), or / ``num_items``; ``"sum"``;
+            ``"batchmean"``: sum / size of the first dimension; ``"none"``: per token.
+        num_items: denominator of ``"mean"``, number or 0-d tensor (gradient accumulation).
+        vocab: ``"error"`` refuses unequal vocabularies, ``"truncate"`` restricts both models to the
+            common prefix before any normaliser.
+        teacher_grad: also compute the teacher's gradients.
+        compact: drop tokens that do not count before any projection. On CUDA that takes one host
+            synchronisation; False keeps every row and never synchronises. Same result; CPU tensors
+            are always compacted.
+        return_parts: also return :class:`Parts`.
+        backend: name of a backend, or None for the first that serves the call.
+        logits_dtype: None keeps logits of a head in float32 (float64 for float64); the input's own
+            dtype trades accuracy for speed.
+        workspace_bytes: scratch memory for logits, reused between calls. Default on CPU: 256 MiB.
+
+    Returns:
+        float32 (float64 for float64 inputs): 0-d, or the leading shape for ``reduction="none"``, 0 at
+        tokens that do not count. With ``return_parts`` a pair of that and :class:`Parts`.
+        Without any token that counts: 0, connected to the graph.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and what would do.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Double backward is not implemented and raises. ``torch.func`` transforms are refused.
+    """
+    student, teacher = as_source("student", student), as_source("teacher", teacher)
+    _refuse_transforms()
+    _check_options(objective, reduction, num_items, vocab)
+    lead, device = student.leading_shape, student.tensors()[0].device
+    _check_sources(student, teacher, vocab)
+    if not teacher_grad:
+        teacher = _detached(teacher)
+
+    valid = _valid_tokens(labels, ignore_index, mask, lead, device)
+    if labels is None and hard_weight != 0:
+        raise ValueError(f"hard_weight={hard_weight} needs labels; pass labels=, or hard_weight=0")
+    t_s = _per_token("temperature", temperature, lead, device)
+    t_t = t_s
+    if teacher_temperature is not None:
+        t_t = _per_token("teacher_temperature", teacher_temperature, lead, device)
+    weight = None if token_weight is None else _per_token("token_weight", token_weight, lead, device)
+    p0, p1 = (_per_token("objective's weight", x, lead, device) for x in objective.parameters())
+
+    per_token = reduction == "none"
+    tensors = (*student.tensors(), *teacher.tensors())
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    # Gradients of existing logits are cheapest in the backward pass: one more read of the logits
+    # against a [tokens, vocab] tensor held in between. Of hidden states, they belong in the forward.
+    deferred = any(needs) and (per_token or not isinstance(student, Head) and not isinstance(teacher, Head))
+    if deferred:
+        tensors = tuple(_saveable(x) for x in tensors)
+    loss, terms, *_ = row_divergence(
+        *tensors,
+        valid,
+        None if labels is None else labels.reshape(-1),
+        t_s,
+        t_t,
+        weight,
+        p0,
+        p1,
+        _scalars(student, teacher, soft_weight, hard_weight),
+        objective.name,
+        temperature_squared,
+        _autocast_dtype(student, teacher),
+        logits_dtype,
+        backend,
+        workspace_bytes,
+        compact,
+        needs,
+        return_parts,
+        per_token,
+        deferred,
+    )
+    if per_token:
+        loss = loss.reshape(lead)
+    elif reduction == "mean":
+        loss = loss / (_count(valid, lead).clamp(min=1) if num_items is None else num_items)
+    elif reduction == "batchmean":
+        loss = loss / max(lead[0] if len(lead) else 1, 1)
+    if not return_parts:
+        return loss
+    columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
+    count = _count(valid, lead)
+    return loss, Parts(*columns, valid_tokens=torch.as_tensor(count, device=device))
+
+
+def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels moved one to the left, so that each stands beside the hidden state that predicts it.
+
+    Args:
+        labels: integer ``[..., T]``; the token at each position.
+        ignore_index: fills the last position, which predicts nothing.
+
+    Returns:
+        ``[..., T]``, a new tensor.
+    """
+    if labels.dim() < 1:
+        raise ValueError("labels must be [..., T], got a 0-d tensor")
+    shifted = torch.full_like(labels, ignore_index)
+    shifted[..., :-1] = labels[..., 1:]
+    return shifted
+
+
+class DistillationLoss(torch.nn.Module):
+    """:func:`distill` as a module: the objective and any of its options fixed at construction.
+
+    ``DistillationLoss(JensenShannon(0.5), temperature=2.0)(student, teacher, labels=labels)``; options
+    given in the call win.
+    """
+
+    def __init__(self, objective: Objective, **options) -> None:
+        super().__init__()
+        unknown = sorted(set(options) - set(distill.__kwdefaults__ or {}))
+        if unknown:
+            raise TypeError(f"DistillationLoss: unknown option {', '.join(unknown)}; see kd.distill")
+        self.objective = objective
+        self.options = options
+
+    def forward(self, student: Source | Tensor, teacher: Source | Tensor, **options):
+        return distill(student, teacher, self.objective, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.objective), *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+# --- checks -------------------------------------------------------------------------------------------
+
+
+def _refuse_transforms() -> None:
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise TypeError(
+            "kd_kernels.distill does not work under torch.func transforms (grad, vmap, jvp, ...): its "
+            "gradient is computed by kernels; call it outside, and use loss.backward()"
+        )
+
+
+def _check_options(objective: Objective, reduction: str, num_items: Optional[Scalar], vocab: str) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be an instance such as kd.ForwardKL() or kd.SkewKL(0.1), got {objective!r}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f'num_items goes with reduction="mean" only, got reduction={reduction!r}')
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(f"num_items must be a number or a 0-d tensor, got {tuple(num_items.shape)}")
+    elif num_items is not None and not num_items > 0:
+        raise ValueError(f"num_items must be > 0, got {num_items}")
+    if vocab not in ("error", "truncate"):
+        raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
+
+
+def _check_sources(student: Source, teacher: Source, vocab: str) -> None:
+    if student.leading_shape != teacher.leading_shape:
+        raise ValueError(
+            f"student and teacher must have the same tokens; their leading shapes are "
+            f"{tuple(student.leading_shape)} and {tuple(teacher.leading_shape)}"
+        )
+    if student.vocab_size != teacher.vocab_size and vocab == "error":
+        raise ValueError(
+            f"student has {student.vocab_size} vocabulary entries and teacher {teacher.vocab_size}; "
+            f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
+        )
+    device = student.tensors()[0].device
+    autocast = torch.is_autocast_enabled(device.type)
+    for name, source in (("student", student), ("teacher", teacher)):
+        values, weight, bias = source.tensors()
+        for part, tensor in (("values", values), ("weight", weight), ("bias", bias)):
+            if tensor is None:
+                continue
+            if tensor.device != device:
+                raise ValueError(f"{name}'s {part} is on {tensor.device}, the student's values on {device}")
+            if tensor.dtype not in FLOATING:
+                raise TypeError(f"{name}'s {part} has dtype {tensor.dtype}")
+            if weight is not None and tensor.dtype != values.dtype and not autocast:
+                raise TypeError(
+                    f"{name}: hidden is {values.dtype} but its {part} is {tensor.dtype}; cast one, or "
+                    f"use torch.autocast"
+                )
+
+
+def _valid_tokens(
+    labels: Optional[Tensor],
+    ignore_index: int,
+    mask: Optional[Tensor],
+    lead: torch.Size,
+    device: torch.device,
+) -> Optional[Tensor]:
+    """Bool ``[N]``, or None where every token counts."""
+    valid = None
+    if labels is not None:
+        _check_per_token("labels", labels, lead, device)
+        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        valid = labels != ignore_index
+    if mask is not None:
+        _check_per_token("mask", mask, lead, device)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool()")
+        valid = mask if valid is None else valid & mask
+    return None if valid is None else valid.reshape(-1)
+
+
+def _check_per_token(name: str, value: Tensor, lead: torch.Size, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.shape != lead:
+        raise ValueError(
+            f"{name} must have the leading shape of the tokens, {tuple(lead)}; got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the student on {device}")
+
+
+def _number(value: float) -> Tensor:
+    """A 0-d float64 tensor on CPU. A graph being compiled takes a changing number through tensor
+    arithmetic without recompiling, but makes a constant of it in ``torch.tensor(value)``."""
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=torch.float64) + value
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
+    """A number as a 0-d tensor, a tensor checked and flattened to ``[N]``; float64."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        return _number(value)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, which distill does not differentiate; pass {name}.detach(), or use "
+            f'reduction="none" and weight the result outside'
+        )
+    if not (value.dtype.is_floating_point or value.dtype in (torch.int32, torch.int64)):
+        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    if value.dim() == 0:
+        return value.detach().to(torch.float64)
+    _check_per_token(name, value, lead, device)
+    return value.detach().reshape(-1).to(torch.float64)
+
+
+# --- small conversions --------------------------------------------------------------------------------
+
+
+def _detached(source: Source) -> Source:
+    values, weight, bias = (None if x is None else x.detach() for x in source.tensors())
+    if isinstance(source, Head):
+        return Head(values, weight, bias, source.scale, source.softcap)
+    return type(source)(values, source.scale, source.softcap)
+
+
+def _saveable(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """Inference-mode tensors cannot be saved for backward: give autograd a plain tensor over the same
+    memory instead."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _count(valid: Optional[Tensor], lead: torch.Size) -> Tensor:
+    return torch.tensor(lead.numel()) if valid is None else valid.sum()
+
+
+def _scalars(student: Source, teacher: Source, soft_weight: float, hard_weight: float) -> Tensor:
+    shaping = [x for source in (student, teacher) for x in (source.scale, source.softcap or 0.0)]
+    return torch.stack([_number(x) for x in (*shaping, soft_weight, hard_weight)])
+
+
+def _autocast_dtype(student: Source, teacher: Source) -> Optional[torch.dtype]:
+    """The dtype heads compute in under autocast, as F.linear would; None outside, and for float64."""
+    device = student.tensors()[0].device.type
+    heads = [source for source in (student, teacher) if isinstance(source, Head)]
+    if not torch.is_autocast_enabled(device) or not heads:
+        return None
+    if any(x is not None and x.dtype == torch.float64 for head in heads for x in head.tensors()):
+        return None
+    return torch.get_autocast_dtype(device)

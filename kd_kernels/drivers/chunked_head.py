@@ -1,0 +1,183 @@
+"""Walk the tokens in chunks: project, run the row kernel, carry the gradient back.
+
+Per chunk of C tokens two GEMMs write student and teacher logits into reused workspace, one row kernel
+turns them into per-token terms and logit gradients, two more GEMMs carry those to ``d hidden`` and
+``d weight``. Nothing of size ``[tokens, vocab]`` exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from kd_kernels import rows as R
+from kd_kernels.backends import pick
+from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
+from kd_kernels.drivers.workspace import borrow, footprint
+
+CPU_WORKSPACE = 256 << 20
+_LANES = 32  # chunk widths are multiples of the row kernel's vector strip where the budget allows
+
+
+@dataclass
+class Problem:
+    """One call, in plain values: what the op received, unpacked."""
+
+    student: Model
+    teacher: Model
+    objective: str
+    parameter0: Tensor  # 0-d or [N], like every per-token number below
+    parameter1: Tensor
+    soft_weight: Tensor
+    hard_weight: Optional[Tensor]  # None: no cross-entropy
+    labels: Optional[Tensor]  # [N]
+    rows: Optional[Tensor]  # [n] int64: the tokens that count; None: all N
+    entropies: bool
+    compute_dtype: Optional[torch.dtype]  # autocast; None: each model's own
+    logits_dtype: Optional[torch.dtype]
+    backend: Optional[str]
+    workspace_bytes: Optional[int]
+
+    @property
+    def vocab(self) -> int:
+        return min(self.student.vocab_size, self.teacher.vocab_size)
+
+    @property
+    def tokens(self) -> int:
+        return self.student.values.shape[:-1].numel()
+
+    def per_token(self, value: Tensor) -> Tensor:
+        """``value`` for each token that counts, ``[n]`` float64."""
+        value = value.to(device=self.student.values.device, dtype=torch.float64)
+        value = value.reshape(-1).expand(self.tokens)
+        return (value if self.rows is None else value[self.rows]).contiguous()
+
+
+@dataclass
+class Outcome:
+    terms: Tensor  # [N, 4] float64; zeros at tokens that do not count
+    statistics: Tensor  # [N, 8] float64
+    gradients: list[Optional[Tensor]]  # student values, weight, bias, teacher values, weight, bias,
+    factor: Tensor  # 0-d float64: to be multiplied by this
+
+
+def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> Outcome:
+    """Run ``phases`` of the row kernel over all tokens that count.
+
+    Args:
+        problem: the call.
+        phases: see :mod:`kd_kernels.rows`; without GRADIENT no gradient is computed or allocated.
+        statistics: ``[N, 8]`` of an earlier call, when its phases are left out now.
+    """
+    device = problem.student.values.device
+    _, kernel = pick("row_divergence", device, problem.backend)
+    student, teacher = (_side(problem, model) for model in (problem.student, problem.teacher))
+    n = problem.tokens if problem.rows is None else problem.rows.numel()
+
+    soft = problem.per_token(problem.soft_weight)
+    hard = torch.zeros_like(soft) if problem.hard_weight is None else problem.per_token(problem.hard_weight)
+    factor = _common_factor(soft, hard, student, teacher)
+    t_s, t_t = problem.per_token(problem.student.temperature), problem.per_token(problem.teacher.temperature)
+    p0, p1 = problem.per_token(problem.parameter0), problem.per_token(problem.parameter1)
+    labels = problem.labels
+    if labels is not None and problem.rows is not None:
+        labels = labels[problem.rows]
+
+    terms = torch.zeros(n, R.TERM_COLUMNS, dtype=torch.float64, device=device)
+    if statistics is None:
+        stats = torch.zeros(n, R.STATISTIC_COLUMNS, dtype=torch.float64, device=device)
+    else:
+        stats = statistics if problem.rows is None else statistics[problem.rows]
+
+    itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
+    chunk = chunk_rows(n, problem.vocab, itemsizes, problem.workspace_bytes)
+    room = footprint([chunk * problem.vocab * size for size in itemsizes])
+    for start in range(0, n, chunk):
+        stop = min(n, start + chunk)
+        part = slice(start, stop)
+        with borrow(room, device) as workspace:
+            s = student.project(start, stop, workspace, t_s[part])
+            t = teacher.project(start, stop, workspace, t_t[part])
+            job = R.RowJob(
+                objective=problem.objective,
+                n=stop - start,
+                vocab=problem.vocab,
+                student=s,
+                teacher=t,
+                parameter0=p0[part],
+                parameter1=p1[part],
+                labels=None if labels is None else labels[part],
+                soft_weight=soft[part] / factor,
+                hard_weight=hard[part] / factor,
+                statistics=stats[part],
+                terms=terms[part],
+                entropies=problem.entropies,
+            )
+            kernel(job, phases)
+            if phases & R.GRADIENT:
+                student.carry(start, stop, s)
+                teacher.carry(start, stop, t)
+    return Outcome(
+        _spread(terms, problem),
+        _spread(stats, problem),
+        student.gradients() + teacher.gradients(),
+        factor,
+    )
+
+
+def _side(problem: Problem, model: Model) -> Union[HeadSide, LogitsSide]:
+    if not model.is_head:
+        return LogitsSide(model, problem.vocab, problem.rows)
+    both_heads = problem.student.is_head and problem.teacher.is_head
+    return HeadSide(
+        model, problem.vocab, problem.rows, problem.compute_dtype, problem.logits_dtype, both_heads
+    )
+
+
+def _common_factor(soft: Tensor, hard: Tensor, *sides: Union[HeadSide, LogitsSide]) -> Tensor:
+    """A power of two near the largest row weight, taken out before the GEMMs and put back after.
+
+    The logit gradient is stored in the compute dtype; in float16 a weight like 1/tokens would flush
+    most of it to zero. Gradients of existing logits are final as the kernel writes them, so a call
+    without any head keeps its weights.
+    """
+    one = soft.new_ones(())
+    if soft.numel() == 0 or not any(isinstance(side, HeadSide) for side in sides):
+        return one
+    top = torch.maximum(soft.abs().amax(), hard.abs().amax())
+    power = torch.exp2(torch.floor(torch.log2(top)))
+    return torch.where(torch.isfinite(power) & (power > 0), power, one)
+
+
+def _spread(values: Tensor, problem: Problem) -> Tensor:
+    """``[n, k]`` of the tokens that count to ``[N, k]`` of all, zeros between."""
+    if problem.rows is None:
+        return values
+    full = values.new_zeros(problem.tokens, values.shape[1])
+    return full.index_copy_(0, problem.rows, values)
+
+
+def chunk_rows(n: int, vocab: int, itemsizes: list[int], workspace_bytes: Optional[int]) -> int:
+    """Tokens per chunk.
+
+    Every chunk reads and writes all of d weight once (8 V D bytes in float32) and computes
+    2 C V D FLOPs into it, so the traffic per FLOP falls as 4/C: at C = 256 it costs tens of percent of
+    a step on CPU, at C = 1024 it disappears. Hence as many rows as the budget holds, and all chunks of
+    the same size.
+    """
+    if not itemsizes or n == 0:
+        return max(1, n)
+    budget = CPU_WORKSPACE if workspace_bytes is None else workspace_bytes
+    most = budget // (vocab * sum(itemsizes))
+    if most < 1:
+        raise ValueError(
+            f"workspace_bytes={budget} holds less than one row of {vocab} logits; "
+            f"at least {vocab * sum(itemsizes)} bytes are needed"
+        )
+    chunks = -(-n // most)
+    even = -(-n // chunks)
+    padded = -(-even // _LANES) * _LANES
+    return min(padded, most, n)

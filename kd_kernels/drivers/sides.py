@@ -1,0 +1,195 @@
+"""The two ends of the chunked walk: how one model's logits come about and where their gradient goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kd_kernels.drivers.workspace import Workspace
+from kd_kernels.gemm import matmul
+from kd_kernels.rows import Rows
+
+
+@dataclass
+class Model:
+    """One model as the op received it."""
+
+    values: Tensor  # hidden [..., D], or logits [..., V] where weight is None
+    weight: Optional[Tensor]  # [V, D]
+    bias: Optional[Tensor]  # [V]
+    scale: float
+    softcap: float  # 0: none
+    temperature: Tensor  # 0-d or [N]
+    needs: tuple[bool, bool, bool]  # gradient of values, weight, bias
+
+    @property
+    def vocab_size(self) -> int:
+        return self.values.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def is_head(self) -> bool:
+        return self.weight is not None
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class HeadSide:
+    """Logits from two chunk-wide GEMMs; gradients carried back by two more.
+
+    In the vocabulary-major layout a chunk is stored ``[V, c]`` (``weight @ hidden.T``): tokens run
+    through the vector lanes of the row kernel, and all three GEMMs read their operands along unit
+    strides, which measures faster than the row-major ``[c, V]``. Row-major serves calls in which the
+    other model's logits exist already, as rows.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        vocab: int,
+        rows: Optional[Tensor],
+        compute_dtype: Optional[torch.dtype],
+        logits_dtype: Optional[torch.dtype],
+        vocabulary_major: bool,
+    ) -> None:
+        assert model.weight is not None
+        self.model, self.vocab, self.rows = model, vocab, rows
+        self.vocabulary_major = vocabulary_major
+        dtype = compute_dtype or model.values.dtype
+        self.wide = accumulate_dtype(dtype)
+        self.logits_dtype = logits_dtype or self.wide
+        if self.logits_dtype not in (dtype, self.wide):
+            raise ValueError(f"logits_dtype must be {dtype} or {self.wide} here, got {self.logits_dtype}")
+        hidden = model.values.reshape(-1, model.values.shape[-1])
+        self.tokens = hidden.shape[0]
+        self.hidden = (hidden if rows is None else hidden.index_select(0, rows)).to(dtype)
+        self.weight = model.weight[:vocab].to(dtype)
+        self.bias = None if model.bias is None else model.bias[:vocab].to(self.logits_dtype)
+        self.d_hidden = torch.empty_like(self.hidden) if model.needs[0] else None
+        self.d_weight = self._accumulator(model.weight) if model.needs[1] else None
+        self.d_bias = None
+        if model.needs[2]:
+            assert model.bias is not None
+            self.d_bias = torch.zeros(model.bias.shape, dtype=self.wide, device=model.bias.device)
+
+    def _accumulator(self, like: Tensor) -> Tensor:
+        out = torch.empty(like.shape, dtype=self.wide, device=like.device)
+        out[self.vocab :].zero_()  # entries cut off by vocab="truncate"
+        if self.hidden.shape[0] == 0:
+            out.zero_()  # no chunk will write it
+        return out
+
+    @property
+    def wants_gradient(self) -> bool:
+        return any(self.model.needs)
+
+    @property
+    def gradient_in_place(self) -> bool:
+        """The gradient has the compute dtype: it fits over the logits where they have it too."""
+        return self.logits_dtype == self.hidden.dtype
+
+    def buffer_itemsizes(self) -> list[int]:
+        """Bytes per (token, vocabulary entry) of each workspace tensor."""
+        sizes = [self.logits_dtype.itemsize]
+        if self.wants_gradient and not self.gradient_in_place:
+            sizes.append(self.hidden.dtype.itemsize)
+        return sizes
+
+    def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> Rows:
+        """GEMM one chunk's logits into the workspace."""
+        x, c = self.hidden[start:stop], stop - start
+        shape = (self.vocab, c) if self.vocabulary_major else (c, self.vocab)
+        logits = workspace.take(shape, self.logits_dtype)
+        if self.bias is not None:
+            logits.copy_(self.bias[:, None] if self.vocabulary_major else self.bias)
+        a, b = (self.weight, x.t()) if self.vocabulary_major else (x, self.weight.t())
+        matmul(a, b, logits, accumulate=self.bias is not None)
+        grad = None
+        if self.wants_gradient:
+            grad = logits if self.gradient_in_place else workspace.take(shape, self.hidden.dtype)
+        offsets = None
+        if not self.vocabulary_major:
+            offsets = torch.arange(c, device=x.device) * self.vocab
+        return Rows(logits, offsets, temperature, self.model.scale, self.model.softcap, grad, offsets)
+
+    def carry(self, start: int, stop: int, rows: Rows) -> None:
+        """GEMM one chunk's logit gradient on to the hidden states and the weight."""
+        grad = rows.grad
+        if grad is None:
+            return
+        by_vocab = grad if self.vocabulary_major else grad.t()  # [V, c]
+        if self.d_hidden is not None:
+            matmul(by_vocab.t(), self.weight, self.d_hidden[start:stop])
+        if self.d_weight is not None:
+            matmul(by_vocab, self.hidden[start:stop], self.d_weight[: self.vocab], accumulate=start > 0)
+        if self.d_bias is not None:
+            self.d_bias[: self.vocab] += by_vocab.sum(1, dtype=self.wide)
+
+    def gradients(self) -> list[Optional[Tensor]]:
+        """(d hidden in the compute dtype, d weight and d bias in the accumulator's), or None each."""
+        d_hidden = self.d_hidden
+        if d_hidden is not None:
+            if self.rows is not None:
+                full = d_hidden.new_zeros(self.tokens, d_hidden.shape[1])
+                d_hidden = full.index_copy_(0, self.rows, d_hidden)
+            d_hidden = d_hidden.view(self.model.values.shape)
+        return [d_hidden, self.d_weight, self.d_bias]
+
+
+class LogitsSide:
+    """Logits that exist already: read where they lie, whatever their leading strides."""
+
+    def __init__(self, model: Model, vocab: int, rows: Optional[Tensor]) -> None:
+        self.model, self.vocab = model, vocab
+        values = model.values
+        if values.stride(-1) != 1 and values.shape[-1] > 1:
+            values = values.contiguous()  # the kernels read a row along a unit stride
+        self.values = values
+        offsets = _row_offsets(values)
+        tokens = offsets.numel()
+        self.offsets = offsets if rows is None else offsets[rows]
+        self.grad: Optional[Tensor] = None
+        self.grad_offsets: Optional[Tensor] = None
+        if model.needs[0]:
+            whole = rows is None and vocab == values.shape[-1]
+            make = torch.empty if whole else torch.zeros
+            self.grad = make(values.shape, dtype=values.dtype, device=values.device)
+            grad_offsets = torch.arange(tokens, device=values.device) * values.shape[-1]
+            self.grad_offsets = grad_offsets if rows is None else grad_offsets[rows]
+
+    @property
+    def wants_gradient(self) -> bool:
+        return self.grad is not None
+
+    def buffer_itemsizes(self) -> list[int]:
+        return []
+
+    def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> Rows:
+        grad_offsets = None if self.grad_offsets is None else self.grad_offsets[start:stop]
+        return Rows(
+            self.values,
+            self.offsets[start:stop],
+            temperature,
+            self.model.scale,
+            self.model.softcap,
+            self.grad,
+            grad_offsets,
+        )
+
+    def carry(self, start: int, stop: int, rows: Rows) -> None:
+        """Nothing: the row kernel wrote the gradient where it belongs."""
+
+    def gradients(self) -> list[Optional[Tensor]]:
+        return [self.grad, None, None]
+
+
+def _row_offsets(values: Tensor) -> Tensor:
+    """``[tokens]`` int64: where each row starts, in elements from the tensor's first."""
+    offsets = torch.zeros((), dtype=torch.int64, device=values.device)
+    for size, stride in zip(values.shape[:-1], values.stride()[:-1]):
+        offsets = offsets[..., None] + torch.arange(size, device=values.device) * stride
+    return offsets.reshape(-1)

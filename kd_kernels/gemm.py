@@ -1,0 +1,76 @@
+"""Matrix products for the drivers: ``out (+)= a @ b`` by the fastest library that keeps float32.
+
+Logits and weight gradients should leave the product in float32 even when the operands are 16-bit:
+bf16-rounded logits make ``d hidden`` 20 times more wrong than rounding the logit gradient does. On
+CUDA torch offers that (``out_dtype``); on CPU it does not, so in order of speed:
+
+* our AVX512_BF16 kernel, where the processor has that but no AMX (MKL falls back to float32
+  arithmetic on such AMD processors, at half the speed);
+* MKL's own mixed product, which torch's CPU library exports;
+* casting slabs of the larger operand up, and a float32 product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_kernels import native
+
+_SLAB_BYTES = 8 << 20  # upcast this much of an operand at a time: stays in cache, costs no memory
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """Write ``a @ b`` into ``out``, or add it there.
+
+    Args:
+        a: ``[m, k]``; b: ``[k, n]`` of the same dtype.
+        out: ``[m, n]``, rows contiguous; the operands' dtype, or float32.
+        accumulate: add to what ``out`` holds.
+    """
+    if out.dtype == a.dtype:
+        if accumulate:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":
+        _widening_cpu(a, b, out, accumulate)
+    else:
+        _upcast(a, b, out, accumulate)
+
+
+def route(dtype: torch.dtype) -> str:
+    """Which of the three ways a 16-bit product with a float32 result takes on this CPU."""
+    if dtype == torch.bfloat16 and native.has_gemm_bf16() and "amx_bf16" not in native.processor_flags():
+        return "native"
+    if native.has_mkl_gemm(dtype):
+        return "mkl"
+    return "upcast"
+
+
+def _widening_cpu(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    way = route(a.dtype)
+    if way == "upcast" or min(a.shape + b.shape) == 0:
+        _upcast(a, b, out, accumulate)
+        return
+    a, b = _one_unit_stride(a), _one_unit_stride(b)
+    (native.gemm_bf16 if way == "native" else native.mkl_gemm)(a, b, out, accumulate)
+
+
+def _one_unit_stride(x: Tensor) -> Tensor:
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def _upcast(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    if a.shape[0] < b.shape[1]:  # cut the larger operand
+        _upcast(b.t(), a.t(), out.t(), accumulate)
+        return
+    wide = b.to(out.dtype)
+    step = max(1, _SLAB_BYTES // max(1, a.shape[1] * out.element_size()))
+    for start in range(0, a.shape[0], step):
+        rows = slice(start, start + step)
+        slab = a[rows].to(out.dtype)
+        if accumulate:
+            out[rows].addmm_(slab, wide)
+        else:
+            out[rows] = slab @ wide

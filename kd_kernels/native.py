@@ -1,0 +1,157 @@
+"""The door to the compiled CPU code: loading, capability, and addresses instead of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kd_kernels.rows import RowJob, Rows
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+@functools.cache
+def _load() -> tuple[Optional[ModuleType], Optional[str]]:
+    try:
+        from kd_kernels import _native
+    except ImportError as error:
+        return None, (
+            f"the compiled part kd_kernels._native cannot be loaded ({error}); "
+            f"run `pip install .` in the source tree with a C++ compiler"
+        )
+    return _native, None
+
+
+def why_not() -> Optional[str]:
+    """Why the compiled part is unavailable; None when it is there."""
+    return _load()[1]
+
+
+def module() -> ModuleType:
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded
+
+
+def _address(tensor: Optional[Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _side(rows: Rows):
+    side = module().Side()
+    side.logits, side.dtype = rows.logits.data_ptr(), _DTYPES[rows.logits.dtype]
+    side.offsets = _address(rows.offsets)
+    side.ld = 0 if rows.offsets is not None else rows.logits.stride(0)
+    side.scale, side.softcap = rows.scale, rows.softcap
+    side.temperature = rows.temperature.data_ptr()
+    if rows.grad is not None:
+        side.grad, side.grad_dtype = rows.grad.data_ptr(), _DTYPES[rows.grad.dtype]
+        side.grad_offsets = _address(rows.grad_offsets)
+        side.grad_ld = 0 if rows.offsets is not None else rows.grad.stride(0)
+    return side
+
+
+def row_divergence(job: RowJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.row_divergence`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.RowDivergence()
+    args.n, args.vocab = job.n, job.vocab
+    args.objective = native.objectives.index(job.objective)
+    args.student, args.teacher = _side(job.student), _side(job.teacher)
+    args.parameter0, args.parameter1 = job.parameter0.data_ptr(), job.parameter1.data_ptr()
+    args.labels = _address(job.labels)
+    args.soft_weight, args.hard_weight = job.soft_weight.data_ptr(), job.hard_weight.data_ptr()
+    args.statistics, args.terms = job.statistics.data_ptr(), job.terms.data_ptr()
+    args.entropies = job.entropies
+    args.threads = torch.get_num_threads()
+    native.row_divergence(args, phases)
+
+
+# --- bfloat16 products with a float32 result ---------------------------------------------------------
+
+
+def gemm_bf16(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Our own kernel for processors with AVX512_BF16 but without AMX (csrc/gemm.h)."""
+    module().gemm_bf16(
+        m=a.shape[0],
+        n=b.shape[1],
+        k=a.shape[1],
+        a=a.data_ptr(),
+        a_row=a.stride(0),
+        a_col=a.stride(1),
+        b=b.data_ptr(),
+        b_row=b.stride(0),
+        b_col=b.stride(1),
+        c=out.data_ptr(),
+        ldc=out.stride(0),
+        accumulate=accumulate,
+        threads=torch.get_num_threads(),
+    )
+
+
+def has_gemm_bf16() -> bool:
+    return why_not() is None and module().gemm_bf16_available()
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """What Linux says the processor can do; empty elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+@functools.cache
+def _mkl(name: str):
+    """A function of the MKL inside torch's own CPU library, or None: its mixed-precision products are
+    exported there, though torch offers them to Python on CUDA only."""
+    folder = Path(torch.__file__).parent / "lib"
+    for library in ("libtorch_cpu.so",):
+        try:
+            function = getattr(ctypes.CDLL(str(folder / library)), name)
+        except (OSError, AttributeError):
+            continue
+        c_int, c_float, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+        function.argtypes = [c_int] * 6 + [c_float, pointer, c_int, pointer, c_int, c_float, pointer, c_int]
+        function.restype = None
+        return function
+    return None
+
+
+_MKL_GEMM = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
+_ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
+_INT_MAX = 2**31 - 1
+
+
+def has_mkl_gemm(dtype: torch.dtype) -> bool:
+    return dtype in _MKL_GEMM and _mkl(_MKL_GEMM[dtype]) is not None
+
+
+def mkl_gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """``out (+)= a @ b`` with 16-bit operands and a float32 ``out``, all with one unit stride."""
+
+    def operand(x: Tensor) -> tuple[int, int]:  # (transposition, leading dimension)
+        if x.stride(1) == 1:
+            return _PLAIN, max(x.stride(0), x.shape[1], 1)
+        return _TRANSPOSED, max(x.stride(1), x.shape[0], 1)
+
+    (ta, lda), (tb, ldb) = operand(a), operand(b)
+    (m, k), n = a.shape, b.shape[1]
+    ldc = max(out.stride(0), n, 1)
+    if max(m, n, k, lda, ldb, ldc) > _INT_MAX:
+        raise ValueError("a dimension exceeds 2^31 - 1")
+    _mkl(_MKL_GEMM[a.dtype])(
+        _ROW_MAJOR, ta, tb, m, n, k, 1.0, a.data_ptr(), lda, b.data_ptr(), ldb,
+        float(accumulate), out.data_ptr(), ldc,
+    )  # fmt: skip

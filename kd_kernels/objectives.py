@@ -1,0 +1,168 @@
+"""The catalogue: what is minimised, as plain data.
+
+``p`` is the teacher's distribution, ``q`` the student's, both over the vocabulary at one token. Each
+class carries its parameters, its formula and where the formula comes from; the arithmetic lives in
+``reference/row_divergence.py`` (torch), ``csrc/objectives.h`` (C++ and CUDA) and
+``triton_kernels/objectives.py`` (Triton), under the same ``name``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Union
+
+import torch
+
+Weight = Union[float, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of all objectives. ``name`` keys every table in the package."""
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+
+    def parameters(self) -> tuple[Weight, Weight]:
+        """The two numbers (or ``[tokens]`` tensors) that the row kernels receive."""
+        return 0.0, 0.0
+
+    @staticmethod
+    def check(first: float) -> None:
+        """Raise ValueError when the first parameter is out of range."""
+
+    def __post_init__(self) -> None:
+        # A comparison would make the number a constant of a compiled graph; the op checks again.
+        if not torch.compiler.is_compiling():
+            self.check(self.parameters()[0])
+
+
+@dataclass(frozen=True)
+class ForwardKL(Objective):
+    """``KL(p || q) = sum_v p log(p / q)``, the classical distillation loss.
+
+    Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+    """
+
+    name: ClassVar[str] = "forward_kl"
+    formula: ClassVar[str] = "KL(p || q)"
+    source: ClassVar[str] = "Hinton et al. 2015"
+
+
+@dataclass(frozen=True)
+class ReverseKL(Objective):
+    """``KL(q || p) = sum_v q log(q / p)``, mode seeking.
+
+    Source: Gu et al. 2024, "MiniLLM" (the single-step term).
+    """
+
+    name: ClassVar[str] = "reverse_kl"
+    formula: ClassVar[str] = "KL(q || p)"
+    source: ClassVar[str] = "Gu et al. 2024 (MiniLLM)"
+
+
+@dataclass(frozen=True)
+class JensenShannon(Objective):
+    """Generalised JS: ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``.
+
+    ``beta`` in [0, 1] weights the teacher. The ends are the plain divergences, unscaled, as trainers
+    define them: ``beta=0`` is forward KL, ``beta=1`` is reverse KL.
+
+    Source: Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD).
+    """
+
+    name: ClassVar[str] = "jensen_shannon"
+    formula: ClassVar[str] = "beta KL(p || m) + (1-beta) KL(q || m), m = beta p + (1-beta) q"
+    source: ClassVar[str] = "Agarwal et al. 2024 (GKD)"
+    beta: float = 0.5
+
+    @staticmethod
+    def check(first: float) -> None:
+        if not 0 <= first <= 1:
+            raise ValueError(f"JensenShannon: beta must be in [0, 1], got {first}")
+
+    def parameters(self) -> tuple[Weight, Weight]:
+        return self.beta, 0.0
+
+
+@dataclass(frozen=True)
+class SkewKL(Objective):
+    """``KL(p || alpha p + (1 - alpha) q)``, ``0 <= alpha < 1``; ``alpha=0`` is forward KL.
+
+    Source: Ko et al. 2024, "DistiLLM".
+    """
+
+    name: ClassVar[str] = "skew_kl"
+    formula: ClassVar[str] = "KL(p || alpha p + (1-alpha) q)"
+    source: ClassVar[str] = "Ko et al. 2024 (DistiLLM)"
+    alpha: float = 0.1
+
+    @staticmethod
+    def check(first: float) -> None:
+        if not 0 <= first < 1:
+            raise ValueError(f"SkewKL: alpha must be in [0, 1), got {first}")
+
+    def parameters(self) -> tuple[Weight, Weight]:
+        return self.alpha, 0.0
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Objective):
+    """``KL(q || (1 - alpha) p + alpha q)``, ``0 <= alpha < 1``; ``alpha=0`` is reverse KL.
+
+    The gradient flows through the student's share of the mixture (DistiLLM v1).
+
+    Source: Ko et al. 2024, "DistiLLM".
+    """
+
+    name: ClassVar[str] = "skew_reverse_kl"
+    formula: ClassVar[str] = "KL(q || (1-alpha) p + alpha q)"
+    source: ClassVar[str] = "Ko et al. 2024 (DistiLLM)"
+    alpha: float = 0.1
+
+    @staticmethod
+    def check(first: float) -> None:
+        if not 0 <= first < 1:
+            raise ValueError(f"SkewReverseKL: alpha must be in [0, 1), got {first}")
+
+    def parameters(self) -> tuple[Weight, Weight]:
+        return self.alpha, 0.0
+
+
+@dataclass(frozen=True)
+class TotalVariation(Objective):
+    """``1/2 sum_v |p - q|``.
+
+    Source: Wen et al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation".
+    """
+
+    name: ClassVar[str] = "total_variation"
+    formula: ClassVar[str] = "1/2 sum |p - q|"
+    source: ClassVar[str] = "Wen et al. 2023 (f-distill)"
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedKL(Objective):
+    """``forward * KL(p || q) + reverse * KL(q || p)``; both 1 is Jeffreys' divergence.
+
+    Either weight may be a tensor with the leading shape of the tokens (balanced and gated variants).
+
+    Source: Jeffreys 1946; per-token weights as in Amara et al. 2022, "BD-KD".
+    """
+
+    name: ClassVar[str] = "weighted_kl"
+    formula: ClassVar[str] = "forward KL(p || q) + reverse KL(q || p)"
+    source: ClassVar[str] = "Jeffreys 1946; Amara et al. 2022 (BD-KD)"
+    forward: Weight = 1.0
+    reverse: Weight = 1.0
+
+    def parameters(self) -> tuple[Weight, Weight]:
+        return self.forward, self.reverse
+
+
+# The order is that of kd::Objective in csrc/row_divergence.h.
+CATALOGUE: dict[str, type[Objective]] = {
+    cls.name: cls
+    for cls in (ForwardKL, ReverseKL, JensenShannon, SkewKL, SkewReverseKL, TotalVariation, WeightedKL)
+}

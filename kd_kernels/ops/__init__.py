@@ -1,0 +1,1 @@
+"""torch.library ops: schema, shape rules, autograd. One file per computation."""

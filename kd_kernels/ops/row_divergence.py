@@ -1,0 +1,349 @@
+"""The divergence of two models' next-token distributions, as torch ops.
+
+Three ops. ``row_divergence`` computes per-token terms and, where the weighting of the tokens is known
+(a scalar result), the unscaled gradients with them. Its backward calls ``scale_gradient`` then, or
+``row_divergence_backward`` where the weighting only arrives with the upstream gradient. These two have
+no autograd formula, which is what makes a double backward raise: ``once_differentiable``, or marking
+outputs non-differentiable, would let a gradient penalty go silently wrong.
+
+Scalars that a schedule may change are 0-d tensors: a Python float argument would be a constant of the
+compiled graph, and every new value a recompilation.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kd_kernels import rows as R
+from kd_kernels.drivers.chunked_head import Outcome, Problem, walk
+from kd_kernels.drivers.sides import Model, accumulate_dtype
+from kd_kernels.objectives import CATALOGUE
+
+# The order in which both ops take the call and in which autograd sees it.
+_ARGUMENTS = (
+    "student", "student_weight", "student_bias", "teacher", "teacher_weight", "teacher_bias",
+    "valid", "labels", "student_temperature", "teacher_temperature", "token_weight", "parameter0",
+    "parameter1", "scalars", "objective", "temperature_squared", "compute_dtype", "logits_dtype", "backend",
+    "workspace_bytes", "compact", "needs", "parts", "per_token", "deferred",
+)  # fmt: skip
+_DIFFERENTIABLE = 6  # the first six
+_SOFT, _HARD = 4, 5  # in ``scalars``
+
+
+def _check_values(problem: Problem, call: dict) -> None:
+    """Value checks, on CPU only: on an accelerator each would wait for the device."""
+    if problem.student.values.device.type != "cpu" or problem.tokens == 0:
+        return
+    for name in ("temperature", "teacher_temperature"):
+        model = problem.student if name == "temperature" else problem.teacher
+        values = problem.per_token(model.temperature)
+        wrong = values[~((values > 0) & torch.isfinite(values))]
+        if wrong.numel():
+            raise ValueError(f"{name} must be finite and > 0, got {wrong[0].item()}")
+    scalars = call["scalars"]
+    for name, value in (
+        ("token_weight", call["token_weight"]),
+        ("soft_weight", scalars[_SOFT]),
+        ("hard_weight", scalars[_HARD]),
+        ("objective's first parameter", problem.parameter0),
+        ("objective's second parameter", problem.parameter1),
+    ):
+        if value is not None and not bool(torch.isfinite(problem.per_token(value)).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+    CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
+    if problem.labels is not None:
+        labels = problem.labels if problem.rows is None else problem.labels[problem.rows]
+        size = problem.student.vocab_size if problem.hard_weight is None else problem.vocab
+        wrong = labels[(labels < 0) | (labels >= size)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels must be in [0, {size}) or ignore_index, got {wrong[0].item()} "
+                f"({wrong.numel()} such labels)"
+            )
+
+
+def _resolve(objective: str, parameter0: Tensor) -> str:
+    """The ends of the mixture families are the plain divergences."""
+    if objective == "jensen_shannon":
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(parameter0.item(), objective)
+    if objective in ("skew_kl", "skew_reverse_kl") and parameter0.item() == 0:
+        return {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[objective]
+    return objective
+
+
+def _unpack(call: dict) -> Problem:
+    needs = tuple(call["needs"])
+    scalars = call["scalars"].tolist()
+    models = [
+        Model(
+            call[side],
+            call[f"{side}_weight"],
+            call[f"{side}_bias"],
+            scale=scalars[2 * i],
+            softcap=scalars[2 * i + 1],
+            temperature=call[f"{side}_temperature"],
+            needs=needs[3 * i : 3 * i + 3],
+        )
+        for i, side in enumerate(("student", "teacher"))
+    ]
+    rows, valid = None, call["valid"]
+    if valid is not None:
+        rows = valid.reshape(-1).nonzero().squeeze(1)
+        rows = None if rows.numel() == valid.numel() else rows
+    labels = call["labels"]
+    weight = call["token_weight"]
+    soft = scalars[_SOFT] * (torch.ones((), dtype=torch.float64) if weight is None else weight)
+    if call["temperature_squared"]:
+        soft = soft * call["student_temperature"] ** 2
+    hard = None
+    if labels is not None and (scalars[_HARD] != 0 or call["parts"]):
+        hard = scalars[_HARD] * (torch.ones((), dtype=torch.float64) if weight is None else weight)
+    return Problem(
+        *models,
+        objective=_resolve(call["objective"], call["parameter0"]),
+        parameter0=call["parameter0"],
+        parameter1=call["parameter1"],
+        soft_weight=soft,
+        hard_weight=hard,
+        labels=None if labels is None else labels.reshape(-1),
+        rows=rows,
+        entropies=call["parts"],
+        compute_dtype=call["compute_dtype"],
+        logits_dtype=call["logits_dtype"],
+        backend=call["backend"],
+        workspace_bytes=call["workspace_bytes"],
+    )
+
+
+def _without_gradients(problem: Problem) -> Problem:
+    problem.student.needs = problem.teacher.needs = (False, False, False)
+    return problem
+
+
+def _result_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+@torch.library.custom_op("kd_kernels::row_divergence", mutates_args=())
+def row_divergence(
+    student: Tensor,
+    student_weight: Optional[Tensor],
+    student_bias: Optional[Tensor],
+    teacher: Tensor,
+    teacher_weight: Optional[Tensor],
+    teacher_bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    labels: Optional[Tensor],
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    token_weight: Optional[Tensor],
+    parameter0: Tensor,
+    parameter1: Tensor,
+    scalars: Tensor,
+    objective: str,
+    temperature_squared: bool,
+    compute_dtype: Optional[torch.dtype],
+    logits_dtype: Optional[torch.dtype],
+    backend: Optional[str],
+    workspace_bytes: Optional[int],
+    compact: bool,
+    needs: list[bool],
+    parts: bool,
+    per_token: bool,
+    deferred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weighted divergence (+ cross-entropy) over tokens.
+
+    Args:
+        student, teacher: hidden ``[..., D]`` with weight ``[V, D]`` and bias ``[V]``, or logits
+            ``[..., V]`` without; N tokens in all.
+        valid: ``[N]`` bool or None, the tokens that count. labels: ``[N]`` int64 or None.
+        *_temperature, token_weight, parameter0, parameter1: 0-d or ``[N]``.
+        scalars: ``[6]`` float64 on CPU: student scale and softcap (0: none), teacher scale and softcap,
+            soft weight, hard weight.
+        needs: gradients wanted of the first six arguments.
+        parts: fill the cross-entropy and entropy columns of the terms.
+        per_token: return ``[N]`` losses instead of their sum.
+        deferred: leave gradients to the backward pass.
+
+    Returns:
+        loss (0-d or ``[N]``), terms ``[N, 4]``, statistics ``[N, 8]``, factor (0-d), and the six
+        gradients, unscaled (empty where not wanted or deferred).
+    """
+    values = locals()
+    call = {name: values[name] for name in _ARGUMENTS}
+    problem = _unpack(call)
+    _check_values(problem, call)
+    now = any(needs) and not deferred
+    phases = R.STATISTICS | R.TERMS | (R.GRADIENT if now else 0)
+    outcome = walk(problem if now else _without_gradients(problem), phases)
+    loss = _weighted(problem, outcome)
+    dtype = _result_dtype(student, teacher)
+    gradients = [student.new_empty(0) if g is None else g for g in outcome.gradients]
+    return (
+        (loss if per_token else loss.sum()).to(dtype),
+        outcome.terms.to(dtype),
+        outcome.statistics,
+        outcome.factor,
+        *gradients,
+    )
+
+
+def _weighted(problem: Problem, outcome: Outcome) -> Tensor:
+    """soft_weight * divergence + hard_weight * cross-entropy, ``[N]``; 0 at tokens that do not count."""
+
+    def weigh(weight: Tensor, column: int) -> Tensor:
+        term = outcome.terms[:, column]
+        return weight.to(device=term.device, dtype=term.dtype).reshape(-1) * term
+
+    loss = weigh(problem.soft_weight, R.SOFT)
+    if problem.hard_weight is not None:
+        loss = loss + weigh(problem.hard_weight, R.HARD)
+    if problem.rows is None:
+        return loss
+    counts = torch.zeros(problem.tokens, dtype=torch.bool, device=loss.device)
+    counts[problem.rows] = True
+    return torch.where(counts, loss, 0.0)  # a weight of NaN at an ignored token goes nowhere
+
+
+@row_divergence.register_fake
+def _(*args):
+    call = dict(zip(_ARGUMENTS, args))
+    student, teacher = call["student"], call["teacher"]
+    tokens = student.shape[:-1].numel()
+    dtype = _result_dtype(student, teacher)
+
+    def of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return student.new_empty(shape, dtype=dtype)
+
+    gradients = [student.new_empty(0) for _ in range(_DIFFERENTIABLE)]
+    if not call["deferred"]:
+        for i, wanted in enumerate(call["needs"]):
+            if not wanted:
+                continue
+            tensor, is_head = args[i], args[i - i % 3 + 1] is not None
+            dtype_i = (call["compute_dtype"] or args[i - i % 3].dtype) if is_head else tensor.dtype
+            gradients[i] = of(*tensor.shape, dtype=dtype_i if i % 3 == 0 else accumulate_dtype(dtype_i))
+    loss = of(tokens, dtype=dtype) if call["per_token"] else of(dtype=dtype)
+    return (loss, of(tokens, R.TERM_COLUMNS, dtype=dtype), of(tokens, R.STATISTIC_COLUMNS), of(), *gradients)
+
+
+@torch.library.custom_op("kd_kernels::scale_gradient", mutates_args=())
+def scale_gradient(gradient: Tensor, upstream: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * upstream * factor`` in ``dtype``, into a fresh tensor: what was saved stays as it
+    was, so that a second backward is right."""
+    return _scaled(gradient, upstream.to(torch.float64) * factor, dtype)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """One fresh tensor: scaling and casting never hold a third copy of a weight's gradient."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    if gradient.dtype == dtype:
+        return torch.mul(gradient, scale.to(gradient.device), out=out)
+    wide = torch.promote_types(gradient.dtype, dtype)
+    source, target, scale = gradient.reshape(-1), out.view(-1), scale.to(gradient.device, wide)
+    step = 1 << 20  # in slabs, so that the wide product stays in cache
+    for start in range(0, source.numel(), step):
+        part = slice(start, start + step)
+        target[part] = source[part].to(wide) * scale
+    return out
+
+
+@scale_gradient.register_fake
+def _(gradient, upstream, factor, dtype):
+    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+
+
+@torch.library.custom_op("kd_kernels::row_divergence_backward", mutates_args=())
+def row_divergence_backward(
+    upstream: Tensor,
+    statistics: Tensor,
+    student: Tensor,
+    student_weight: Optional[Tensor],
+    student_bias: Optional[Tensor],
+    teacher: Tensor,
+    teacher_weight: Optional[Tensor],
+    teacher_bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    labels: Optional[Tensor],
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    token_weight: Optional[Tensor],
+    parameter0: Tensor,
+    parameter1: Tensor,
+    scalars: Tensor,
+    objective: str,
+    temperature_squared: bool,
+    compute_dtype: Optional[torch.dtype],
+    logits_dtype: Optional[torch.dtype],
+    backend: Optional[str],
+    workspace_bytes: Optional[int],
+    compact: bool,
+    needs: list[bool],
+    parts: bool,
+    per_token: bool,
+    deferred: bool,
+) -> list[Tensor]:
+    """Gradients of the wanted inputs (in order, the others left out) for an upstream gradient that is
+    0-d or ``[N]``, recomputing the logits and reusing ``statistics``."""
+    values = locals()
+    problem = _unpack({name: values[name] for name in _ARGUMENTS})
+    problem.soft_weight = _times(problem.soft_weight, upstream)
+    if problem.hard_weight is not None:
+        problem.hard_weight = _times(problem.hard_weight, upstream)
+    problem.entropies = False
+    outcome = walk(problem, R.GRADIENT, statistics)
+    inputs = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+    return [
+        _scaled(g, outcome.factor, x.dtype)
+        for g, x in zip(outcome.gradients, inputs)
+        if g is not None and x is not None
+    ]
+
+
+def _times(weight: Tensor, upstream: Tensor) -> Tensor:
+    return weight.to(device=upstream.device, dtype=torch.float64) * upstream.to(torch.float64)
+
+
+@row_divergence_backward.register_fake
+def _(upstream, statistics, *args):
+    needs = dict(zip(_ARGUMENTS, args))["needs"]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, wanted in zip(args, needs) if wanted]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    call = dict(zip(_ARGUMENTS, inputs))
+    ctx.needs, ctx.deferred = call["needs"], call["deferred"]
+    _, _, statistics, factor, *gradients = output
+    if ctx.deferred:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+        ctx.save_for_backward(statistics, *tensors)
+    else:
+        wanted = [i for i, want in enumerate(ctx.needs) if want]
+        ctx.dtypes = [inputs[i].dtype for i in wanted]
+        ctx.save_for_backward(factor, *(gradients[i] for i in wanted))
+
+
+def _backward(ctx, upstream, *others):
+    if upstream is None:  # the other outputs carry no gradient; distill hands them out detached
+        return (None,) * len(_ARGUMENTS)
+    if ctx.deferred:
+        statistics, *tensors = ctx.saved_tensors
+        remaining = iter(tensors)
+        inputs = [next(remaining) if x is None else x[0] for x in ctx.rest]
+        gradients = torch.ops.kd_kernels.row_divergence_backward(upstream, statistics, *inputs)
+    else:
+        factor, *unscaled = ctx.saved_tensors
+        scale = torch.ops.kd_kernels.scale_gradient
+        gradients = [scale(g, upstream, factor, dtype) for g, dtype in zip(unscaled, ctx.dtypes)]
+    remaining = iter(gradients)
+    first = [next(remaining) if want else None for want in ctx.needs]
+    return (*first, *(None,) * (len(_ARGUMENTS) - _DIFFERENTIABLE))
+
+
+row_divergence.register_autograd(_backward, setup_context=_setup_context)

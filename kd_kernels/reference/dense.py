@@ -1,0 +1,134 @@
+"""The losses as a textbook writes them: dense, differentiable by autograd, meant for float64.
+
+Nothing here is shared with the kernels, so that a mistake cannot hide in both.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kd_kernels.objectives import Objective
+from kd_kernels.sources import Head, Source
+
+
+def _xlogy(x: Tensor, log_y: Tensor) -> Tensor:
+    """``x * log_y`` with ``0 * (-inf) = 0``, in value and gradient (hence the double where)."""
+    dead = x == 0
+    return torch.where(dead, 0.0, x * torch.where(dead, 0.0, log_y))
+
+
+def divergence(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor:
+    """Per-row divergence of ``softmax(teacher)`` and ``softmax(student)``.
+
+    Args:
+        objective: any entry of the catalogue; tensor parameters must broadcast against the rows.
+        student: ``[..., V]`` logits, temperature already applied.
+        teacher: ``[..., V]`` logits, temperature already applied.
+
+    Returns:
+        ``[...]``, in the dtype of the logits.
+    """
+    lq, lp = student.log_softmax(-1), teacher.log_softmax(-1)
+    q, p = lq.exp(), lp.exp()
+    first, second = objective.parameters()
+
+    def kl(a: Tensor, la: Tensor, lb: Tensor) -> Tensor:
+        return (_xlogy(a, la) - _xlogy(a, lb)).sum(-1)
+
+    def mixture(share: float) -> Tensor:  # log(share p + (1 - share) q)
+        share_p = torch.tensor(share, dtype=lp.dtype, device=lp.device)
+        return torch.logaddexp(share_p.log() + lp, torch.log1p(-share_p) + lq)
+
+    name = objective.name
+    if name == "jensen_shannon" and first in (0, 1):
+        name = "forward_kl" if first == 0 else "reverse_kl"
+    if name == "forward_kl":
+        return kl(p, lp, lq)
+    if name == "reverse_kl":
+        return kl(q, lq, lp)
+    if name == "jensen_shannon":
+        lm = mixture(first)
+        return first * kl(p, lp, lm) + (1 - first) * kl(q, lq, lm)
+    if name == "skew_kl":
+        return kl(p, lp, mixture(first))
+    if name == "skew_reverse_kl":
+        return kl(q, lq, mixture(1 - first))
+    if name == "total_variation":
+        return 0.5 * (p - q).abs().sum(-1)
+    if name == "weighted_kl":
+        return first * kl(p, lp, lq) + second * kl(q, lq, lp)
+    raise ValueError(f"no reference for objective {objective.name!r}")
+
+
+def logits_of(source: Source) -> Tensor:
+    """The logits of a source, materialised: ``[..., V]``."""
+    if isinstance(source, Head):
+        z = source.hidden @ source.weight.T
+        if source.bias is not None:
+            z = z + source.bias
+    else:
+        z = source.values
+    z = z * source.scale
+    return z if source.softcap is None else source.softcap * torch.tanh(z / source.softcap)
+
+
+def dense_distill(
+    student: Source,
+    teacher: Source,
+    objective: Objective,
+    *,
+    labels: Optional[Tensor] = None,
+    ignore_index: int = -100,
+    mask: Optional[Tensor] = None,
+    token_weight: Optional[Tensor] = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    temperature_squared: bool = False,
+    hard_weight: float = 0.0,
+    soft_weight: float = 1.0,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    vocab: str = "error",
+) -> Tensor:
+    """:func:`kd_kernels.distill`, with all logits materialised and gradients from autograd.
+
+    Same arguments, shapes and result as the public call (see there); used to check it.
+    """
+    z_s, z_t = logits_of(student), logits_of(teacher)
+    common = min(z_s.shape[-1], z_t.shape[-1]) if vocab == "truncate" else z_s.shape[-1]
+    z_s, z_t = z_s[..., :common], z_t[..., :common]
+    lead = z_s.shape[:-1]
+    valid = torch.ones(lead, dtype=torch.bool, device=z_s.device)
+    if labels is not None:
+        valid = valid & (labels != ignore_index)
+    if mask is not None:
+        valid = valid & mask
+    z_s, z_t = z_s[valid], z_t[valid]  # rows that do not count reach nothing, NaN included
+
+    def per_token(value: float | Tensor) -> Tensor:
+        value = torch.as_tensor(value, dtype=z_s.dtype, device=z_s.device)
+        return value.expand(lead)[valid]
+
+    t_s = per_token(temperature)
+    t_t = t_s if teacher_temperature is None else per_token(teacher_temperature)
+    if objective.name == "weighted_kl":
+        objective = type(objective)(*(per_token(x) for x in objective.parameters()))
+    loss = soft_weight * divergence(objective, z_s / t_s[:, None], z_t / t_t[:, None])
+    if temperature_squared:
+        loss = loss * t_s**2
+    if hard_weight:
+        assert labels is not None
+        nll = -z_s.log_softmax(-1).gather(-1, labels[valid][:, None])[:, 0]
+        loss = loss + hard_weight * nll
+    if token_weight is not None:
+        loss = loss * per_token(token_weight)
+    if reduction == "none":
+        return torch.zeros(lead, dtype=loss.dtype, device=loss.device).masked_scatter(valid, loss)
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "batchmean":
+        return loss.sum() / lead[0]
+    return loss.sum() / (valid.sum().clamp(min=1) if num_items is None else num_items)

@@ -1,0 +1,138 @@
+"""Where logits come from: plain data, read by the public call and by the drivers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_floating(owner: str, name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{owner}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{owner}: {name} has dtype {tensor.dtype}; float32, bfloat16, float16 and float64 are "
+            f"supported (dequantise a quantised head first)"
+        )
+
+
+def _check_softcap(owner: str, softcap: Optional[float]) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{owner}: softcap must be > 0, or None for no softcap, got {softcap}")
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Logits as an LM head would give them, never materialised.
+
+    ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``; no tanh when ``softcap is None``.
+
+    Args:
+        hidden: ``[..., D]``; all leading dimensions are tokens.
+        weight: ``[V, D]``, any strides; a weight with one unit stride (tied, transposed) is not copied.
+        bias: ``[V]`` or None.
+        scale: factor on the logits before the softcap.
+        softcap: positive number or None.
+
+    Raises:
+        TypeError: not a tensor, or a dtype without a floating weight (quantised heads).
+        ValueError: shapes that do not fit together, or ``softcap <= 0``.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Optional[Tensor] = None
+    scale: float = 1.0
+    softcap: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        _check_floating("Head", "hidden", self.hidden)
+        _check_floating("Head", "weight", self.weight)
+        if self.hidden.dim() < 1:
+            raise ValueError("Head: hidden must be [..., D], got a 0-d tensor")
+        if self.weight.dim() != 2:
+            raise ValueError(f"Head: weight must be [V, D], got shape {tuple(self.weight.shape)}")
+        if self.hidden.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"Head: hidden has {self.hidden.shape[-1]} features but weight {tuple(self.weight.shape)} "
+                f"takes {self.weight.shape[1]}; weight must be [V, D]"
+            )
+        if self.weight.shape[0] == 0:
+            raise ValueError(
+                "Head: weight has no rows (under ZeRO-3 the parameter is partitioned: gather it first)"
+            )
+        if self.bias is not None:
+            _check_floating("Head", "bias", self.bias)
+            if self.bias.shape != self.weight.shape[:1]:
+                raise ValueError(f"Head: bias must be [{self.weight.shape[0]}], got {tuple(self.bias.shape)}")
+        _check_softcap("Head", self.softcap)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.hidden.shape[:-1]
+
+    def tensors(self) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """(values, weight, bias) as the ops take them."""
+        return self.hidden, self.weight, self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """Logits that exist already: ``softcap * tanh(scale * values / softcap)``.
+
+    Args:
+        values: ``[..., V]``; all leading dimensions are tokens, any strides.
+        scale: factor on the logits before the softcap.
+        softcap: positive number or None.
+
+    Raises:
+        TypeError, ValueError: as :class:`Head`.
+    """
+
+    values: Tensor
+    scale: float = 1.0
+    softcap: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        _check_floating("Logits", "values", self.values)
+        if self.values.dim() < 1:
+            raise ValueError("Logits: values must be [..., V], got a 0-d tensor")
+        if self.values.shape[-1] == 0:
+            raise ValueError("Logits: values has an empty vocabulary")
+        _check_softcap("Logits", self.softcap)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.values.shape[-1]
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.values.shape[:-1]
+
+    def tensors(self) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """(values, weight, bias) as the ops take them."""
+        return self.values, None, None
+
+
+Source = Union[Head, Logits]
+
+
+def as_source(name: str, value: object) -> Source:
+    """``value`` as a source; a bare tensor means logits."""
+    if isinstance(value, (Head, Logits)):
+        return value
+    if isinstance(value, Tensor):
+        return Logits(value)
+    raise TypeError(
+        f"{name} must be kd.Head(hidden, weight), kd.Logits(values) or a tensor of logits, "
+        f"got {type(value).__name__}"
+    )

@@ -1,0 +1,40 @@
+"""Drives CMake, which describes the native build (CMakeLists.txt); everything else is pyproject.toml.
+
+No torch is needed here: the compiled part takes addresses and numbers, so one wheel serves every torch.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S", str(ROOT),
+            "-B", str(build),
+            "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]  # fmt: skip
+        for command in (configure, ["cmake", "--build", str(build), "--target", "_native"]):
+            subprocess.run(command, check=True)
+
+
+setup(ext_modules=[Extension("kd_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

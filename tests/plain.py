@@ -1,0 +1,75 @@
+"""The same loss three ways: ours, plain torch in the same dtype, and float64; and their comparison."""
+
+from __future__ import annotations
+
+import torch
+from cases import FLOOR, Batch, error, leaves
+from torch import Tensor
+
+import kd_kernels as kd
+from kd_kernels.reference.dense import dense_distill
+
+Source = kd.Head | kd.Logits
+
+
+def widened(source: Source, dtype: torch.dtype) -> Source:
+    """The same rounded numbers in ``dtype``, as fresh leaves."""
+    wide = [
+        None if x is None else x.detach().to(dtype).requires_grad_(x.requires_grad) for x in source.tensors()
+    ]
+    if isinstance(source, kd.Head):
+        return kd.Head(*wide, scale=source.scale, softcap=source.softcap)
+    return kd.Logits(wide[0], scale=source.scale, softcap=source.softcap)
+
+
+def copy(source: Source) -> Source:
+    return widened(source, source.tensors()[0].dtype)
+
+
+def plain(student: Source, teacher: Source, objective: kd.Objective, **options) -> Tensor:
+    """What a careful user writes: logits from a matrix product in the inputs' dtype, then float32."""
+
+    def logits(source: Source) -> Source:
+        if isinstance(source, kd.Head):
+            z = torch.nn.functional.linear(source.hidden, source.weight, source.bias)
+        else:
+            z = source.values
+        wide = torch.promote_types(z.dtype, torch.float32)
+        return kd.Logits(z.to(wide), scale=source.scale, softcap=source.softcap)
+
+    return dense_distill(logits(student), logits(teacher), objective, **options)
+
+
+def gradients(loss: Tensor, sources: list[Source], upstream: Tensor | None = None) -> list[Tensor | None]:
+    wanted = [x for x in leaves(*sources) if x.requires_grad]
+    upstream = None if upstream is None or loss.dim() == 0 else upstream.to(loss.dtype).reshape(loss.shape)
+    return list(torch.autograd.grad(loss, wanted, upstream, allow_unused=True))
+
+
+def compare(
+    batch: Batch, student: Source, teacher: Source, objective: kd.Objective, backend: str | None, **options
+) -> None:
+    """Assert the numerics contract for loss and every gradient: at most twice plain torch's error."""
+    dtype = student.tensors()[0].dtype
+    own = {k: options.pop(k) for k in ("logits_dtype", "workspace_bytes", "compact") if k in options}
+    teacher_grad = any(x.requires_grad for x in leaves(teacher))
+    ours = (copy(student), copy(teacher))
+    theirs = (copy(student), copy(teacher))
+    exact = (widened(student, torch.float64), widened(teacher, torch.float64))
+    results = []
+    for sources, call in (
+        (
+            ours,
+            lambda s, t, o: kd.distill(s, t, o, teacher_grad=teacher_grad, backend=backend, **own, **options),
+        ),
+        (theirs, lambda s, t, o: plain(s, t, o, **options)),
+        (exact, lambda s, t, o: dense_distill(s, t, o, **options)),
+    ):
+        loss = call(*sources, objective)
+        results.append([loss, *gradients(loss, list(sources), batch.upstream)])
+    assert results[0][0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    names = ["loss", *(f"gradient {i}" for i in range(len(results[0]) - 1))]
+    for name, x, y, z in zip(names, *results):
+        bar = 2 * error(y, z) + FLOOR[dtype]
+        assert error(x, z) <= bar, f"{name}: error {error(x, z):.2e}, bar {bar:.2e}, plain {error(y, z):.2e}"
+        assert z.abs().sum() > 0, f"{name}: the test is vacuous"

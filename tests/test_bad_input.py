@@ -1,0 +1,158 @@
+"""Bad input: an error that names the argument and what would do, or the documented value."""
+
+import pytest
+import torch
+from cases import OBJECTIVES, Batch
+
+import kd_kernels as kd
+
+H, W, Z = torch.randn(3, 4), torch.randn(9, 4), torch.randn(3, 9)
+LABELS = torch.tensor([1, 2, 8])
+KL = kd.ForwardKL()
+
+
+def call(student=None, teacher=None, objective=KL, **options):
+    return kd.distill(
+        kd.Head(H, W) if student is None else student, Z if teacher is None else teacher, objective, **options
+    )
+
+
+# (what is wrong, exception, words the message must hold)
+CASES = {
+    "objective class": (lambda: call(objective=kd.ForwardKL), TypeError, "objective must be an instance"),
+    "objective name": (lambda: call(objective="kl"), TypeError, "objective"),
+    "beta above 1": (lambda: kd.JensenShannon(1.5), ValueError, r"beta must be in \[0, 1\]"),
+    "beta below 0": (lambda: kd.JensenShannon(-0.1), ValueError, "beta"),
+    "beta NaN": (lambda: kd.JensenShannon(float("nan")), ValueError, "beta"),
+    "alpha 1": (lambda: kd.SkewKL(1.0), ValueError, r"alpha must be in \[0, 1\)"),
+    "alpha below 0": (lambda: kd.SkewReverseKL(-0.1), ValueError, "alpha"),
+    "student type": (lambda: call(student=[1.0]), TypeError, "student must be kd.Head"),
+    "hidden type": (lambda: kd.Head([1.0], W), TypeError, "hidden must be a tensor"),
+    "quantised weight": (lambda: kd.Head(H, W.to(torch.int8)), TypeError, "dequantise"),
+    "integer logits": (lambda: kd.Logits(LABELS), TypeError, "values has dtype"),
+    "complex logits": (lambda: kd.Logits(Z.to(torch.complex64)), TypeError, "dtype"),
+    "weight dims": (lambda: kd.Head(H, W[0]), ValueError, r"weight must be \[V, D\]"),
+    "weight transposed": (lambda: kd.Head(H, W.t()), ValueError, "takes 9"),
+    "hidden 0-d": (lambda: kd.Head(torch.tensor(1.0), W), ValueError, "0-d"),
+    "empty weight": (lambda: kd.Head(H, W[:0]), ValueError, "no rows"),
+    "bias shape": (lambda: kd.Head(H, W, torch.zeros(8)), ValueError, r"bias must be \[9\]"),
+    "softcap 0": (lambda: kd.Head(H, W, softcap=0.0), ValueError, "softcap must be > 0"),
+    "softcap < 0": (lambda: kd.Logits(Z, softcap=-1.0), ValueError, "softcap"),
+    "empty vocabulary": (lambda: kd.Logits(torch.zeros(3, 0)), ValueError, "empty vocabulary"),
+    "token counts": (lambda: call(teacher=torch.randn(4, 9)), ValueError, r"\(3,\) and \(4,\)"),
+    "vocabularies": (lambda: call(teacher=torch.randn(3, 11)), ValueError, "9 vocabulary entries and teacher 11.*truncate"),
+    "vocab option": (lambda: call(vocab="pad"), ValueError, 'vocab must be "error" or "truncate"'),
+    "mixed head": (lambda: call(student=kd.Head(H, W.bfloat16())), TypeError, "cast one, or use torch.autocast"),
+    "labels shape": (lambda: call(labels=LABELS[:2]), ValueError, "labels must have the leading shape"),
+    "labels dtype": (lambda: call(labels=LABELS.float()), TypeError, "labels must be integers"),
+    "labels type": (lambda: call(labels=[1, 2, 3]), TypeError, "labels must be a tensor"),
+    "label too large": (lambda: call(labels=LABELS + 1, hard_weight=1.0), ValueError, r"labels must be in \[0, 9\)"),
+    "label too large, unused": (lambda: call(labels=LABELS + 1), ValueError, "labels must be in"),
+    "label negative": (lambda: call(labels=LABELS - 2, hard_weight=1.0), ValueError, "labels"),
+    "hard without labels": (lambda: call(hard_weight=0.5), ValueError, "hard_weight=0.5 needs labels"),
+    "mask dtype": (lambda: call(mask=torch.ones(3)), TypeError, "mask must be bool"),
+    "mask shape": (lambda: call(mask=torch.ones(3, 1, dtype=torch.bool)), ValueError, "mask must have"),
+    "temperature 0": (lambda: call(temperature=0.0), ValueError, "temperature must be finite and > 0, got 0.0"),
+    "temperature < 0": (lambda: call(temperature=torch.tensor([1.0, -2.0, 1.0])), ValueError, "got -2"),
+    "temperature NaN": (lambda: call(temperature=float("nan")), ValueError, "temperature"),
+    "temperature inf": (lambda: call(temperature=float("inf")), ValueError, "temperature"),
+    "temperature shape": (lambda: call(temperature=torch.ones(2)), ValueError, "temperature must have"),
+    "temperature type": (lambda: call(temperature="2"), TypeError, "temperature must be a number"),
+    "teacher temperature": (lambda: call(teacher_temperature=-1.0), ValueError, "teacher_temperature must be"),
+    "temperature grad": (lambda: call(temperature=torch.ones(3, requires_grad=True)), ValueError, "temperature requires grad"),
+    "weight grad": (lambda: call(token_weight=torch.ones(3, requires_grad=True)), ValueError, "token_weight requires grad"),
+    "objective grad": (lambda: call(objective=kd.WeightedKL(torch.ones(3, requires_grad=True), 1.0)), ValueError, "objective's weight"),
+    "weight NaN": (lambda: call(token_weight=torch.tensor([1.0, float("nan"), 1.0])), ValueError, "token_weight.*NaN"),
+    "soft_weight NaN": (lambda: call(soft_weight=float("nan")), ValueError, "soft_weight"),
+    "hard_weight NaN": (lambda: call(hard_weight=float("nan"), labels=LABELS), ValueError, "hard_weight"),
+    "weight shape": (lambda: call(token_weight=torch.ones(3, 3)), ValueError, "token_weight must have"),
+    "objective weight NaN": (lambda: call(objective=kd.WeightedKL(float("nan"), 1.0)), ValueError, "objective's first"),
+    "objective weight shape": (lambda: call(objective=kd.WeightedKL(torch.ones(2), 1.0)), ValueError, "objective's weight"),
+    "reduction": (lambda: call(reduction="avg"), ValueError, "reduction must be one of mean, sum"),
+    "num_items with sum": (lambda: call(reduction="sum", num_items=3), ValueError, 'num_items goes with reduction="mean"'),
+    "num_items 0": (lambda: call(num_items=0), ValueError, "num_items must be > 0"),
+    "num_items shape": (lambda: call(num_items=torch.ones(2)), ValueError, "num_items must be a number"),
+    "backend name": (lambda: call(backend="cudnn"), ValueError, "backend must be one of cpu, triton, cuda, reference"),
+    "backend absent": (lambda: call(backend="cuda"), kd.BackendUnavailable, "cuda: "),
+    "logits_dtype": (lambda: call(logits_dtype=torch.float16), ValueError, "logits_dtype must be"),
+    "workspace": (lambda: call(student=kd.Head(H, W), workspace_bytes=8), ValueError, "workspace_bytes=8 holds less than one row"),
+    "module option": (lambda: kd.DistillationLoss(KL, temprature=2.0), TypeError, "temprature"),
+    "next_token_labels": (lambda: kd.next_token_labels(torch.tensor(1)), ValueError, "labels must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_names_the_argument(case):
+    function, exception, words = CASES[case]
+    with pytest.raises(exception, match=words):
+        function()
+
+
+def test_devices_are_checked():
+    with pytest.raises(ValueError, match="teacher's values is on meta"):
+        call(teacher=torch.randn(3, 9, device="meta"))
+    with pytest.raises(ValueError, match="labels is on meta"):
+        call(labels=LABELS.to("meta"))
+
+
+@pytest.mark.parametrize("lead", [(0,), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("kinds", [("head", "head"), ("head", "logits"), ("logits", "logits")], ids="x".join)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+def test_zero_tokens(lead, kinds, reduction, backend):
+    batch = Batch(lead=lead)
+    sources = [batch.source(side, kind, torch.float32) for side, kind in zip(("student", "teacher"), kinds)]
+    loss, parts = kd.distill(
+        *sources,
+        KL,
+        labels=batch.labels,
+        hard_weight=0.5,
+        reduction=reduction,
+        backend=backend,
+        return_parts=True,
+    )
+    assert loss.shape == (lead if reduction == "none" else ()) and loss.sum() == 0
+    assert parts.valid_tokens == 0 and parts.soft.shape == lead
+    loss.sum().backward()
+    for x in sources[0].tensors():
+        assert x is None or (x.grad.shape == x.shape and x.grad.abs().sum() == 0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@pytest.mark.parametrize("kinds", [("head", "head"), ("logits", "logits")], ids="x".join)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_everything_ignored(objective, kinds, reduction, backend):
+    batch = Batch()
+    sources = [batch.source(side, kind, torch.float32) for side, kind in zip(("student", "teacher"), kinds)]
+    for source in sources:
+        source.tensors()[0].data.fill_(torch.nan)
+    labels = torch.full_like(batch.labels, -100)
+    loss = kd.distill(*sources, objective, labels=labels, reduction=reduction, backend=backend)
+    assert torch.equal(loss, torch.zeros_like(loss)) and loss.requires_grad
+    loss.sum().backward()
+    assert all(x is None or x.grad.abs().sum() == 0 for x in sources[0].tensors())
+
+
+def test_truncated_labels_are_checked_against_what_remains():
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
+        call(teacher=torch.randn(3, 7), vocab="truncate", labels=LABELS, hard_weight=1.0)
+    call(teacher=torch.randn(3, 7), vocab="truncate", labels=LABELS)  # only marks which tokens count
+
+
+def test_module_is_the_function():
+    module = kd.DistillationLoss(kd.JensenShannon(0.3), temperature=2.0, labels=LABELS)
+    assert torch.equal(module(Z, Z + 1e-2 * torch.randn(3, 9).cumsum(0)), module(Z, Z)) is False
+    other = torch.randn(3, 9)
+    assert torch.equal(
+        module(Z, other), kd.distill(Z, other, kd.JensenShannon(0.3), temperature=2.0, labels=LABELS)
+    )
+    assert torch.equal(
+        module(Z, other, temperature=1.0), kd.distill(Z, other, kd.JensenShannon(0.3), labels=LABELS)
+    )
+    assert "JensenShannon(beta=0.3)" in repr(module) and "temperature=2.0" in repr(module)
+
+
+def test_next_token_labels():
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert kd.next_token_labels(labels).tolist() == [[2, 3, -100], [5, 6, -100]]
+    assert kd.next_token_labels(labels[:, :0]).shape == (2, 0)
+    assert kd.next_token_labels(labels, ignore_index=-1)[0, -1] == -1
