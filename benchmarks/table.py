@@ -1,0 +1,206 @@
+"""The README's tables, from the result files only.
+
+``python benchmarks/table.py`` writes them between the README's two markers; ``--check`` writes nothing
+and exits with 1 when the README differs from what the files give. Nothing is left out: cases that miss
+their target or lose to a peer stand in the same rows as the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Optional
+
+from record import RESULTS, ROOT, Row, read_all
+from report import (
+    OURS,
+    SCALING_HEADER,
+    absence,
+    best_peer,
+    cases,
+    mebibytes,
+    median,
+    provenance,
+    ratio,
+    scaling_lines,
+    seconds,
+    verdicts,
+)
+from workloads import FLOOR
+
+README = ROOT.parent / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+PEERS = ("torch", "torch.compile", "liger", "liger compiled", "trl")
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    bars = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(cell or " " for cell in line) + " |" for line in bars)
+
+
+def head_markdown(rows: Sequence[Row]) -> str:
+    """Ours, one line per dtype and objective, against the floor and every peer."""
+    header = (
+        "inputs",
+        "objective",
+        "kd",
+        "x floor (p20 .. p80)",
+        "x floor [V, C]",
+        *PEERS,
+        "best peer / kd",
+        "targets",
+    )
+    lines = []
+    for case in cases(rows).values():
+        peers = [seconds(median(case.get(name))) or absence(case.get(name)) for name in PEERS]
+        best = best_peer(case)
+        for name in OURS:
+            row = case.get(name)
+            if row is None:
+                continue
+            mine, over = median(row), row.get("ratio_floor")
+            lines.append(
+                (
+                    row["case"]["dtype"] + (", bf16 logits" if name == OURS[1] else ""),
+                    row["case"]["label"],
+                    ("~" if row.get("noisy") else "") + seconds(mine) if mine else absence(row),
+                    f"**{ratio(over['median'])}** ({ratio(over['p20'])} .. {ratio(over['p80'])})"
+                    if over
+                    else "",
+                    ratio(median(row, "ratio_floor_vocab_major")),
+                    *peers,
+                    ratio(best[1] / mine) if best and mine else "",
+                    "<br>".join(verdicts(row, case)),
+                )
+            )
+    floors = [
+        f"{row['case']['dtype']} {seconds(median(row))} ({row['gflops']:.0f} GFLOP/s)"
+        for row in first_by_dtype(rows, FLOOR)
+        if row.get("gflops")
+    ]
+    shape = rows[0]["case"]
+    text = (
+        f"One step, forward and backward: {shape['tokens']} tokens, V = {shape['vocab']}, hidden "
+        f"{shape['d_student']} (student) and {shape['d_teacher']} (teacher). The floor is the four bare "
+        f"GEMMs with outputs preallocated, timed in the same rounds: {'; '.join(floors)}."
+    )
+    return text + "\n\n" + markdown(header, lines)
+
+
+def first_by_dtype(rows: Iterable[Row], provider: str) -> list[Row]:
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row["provider"] == provider:
+            found.setdefault(row["case"]["dtype"], row)
+    return list(found.values())
+
+
+def memory_markdown(rows: Sequence[Row]) -> str:
+    header = ("inputs", "objective", "kd above gradients", *OURS, *PEERS)
+    lines = []
+    for case in cases(rows).values():
+        peaks = {name: row["peak"] for name, row in case.items() if row.get("peak")}
+        if not peaks:
+            continue
+        some = next(iter(case.values()))["case"]
+        above = [mebibytes(peaks[name].get("above_gradients")) for name in OURS if name in peaks]
+        cells = [
+            mebibytes(peaks[name].get("above_inputs")) or "failed"
+            if name in peaks
+            else ("" if name not in case else absence(case[name]))
+            for name in (*OURS, *PEERS)
+        ]
+        lines.append((some["dtype"], some["label"], " / ".join(above), *cells))
+    if not lines:
+        return ""
+    return (
+        "Peak memory of a step above its inputs, MiB, each in a process of its own. The first column is "
+        "above the gradients too (`d hidden`, and `d weight` twice: accumulator and result).\n\n"
+        + markdown(header, lines)
+    )
+
+
+def rows_markdown(rows: Sequence[Row]) -> str:
+    header = ("logits", "objective", "kd", "GB/s", "x copy", "torch", "torch.compile")
+    lines = []
+    for case in cases(rows).values():
+        row = case.get("kd")
+        if row is None:
+            continue
+        lines.append(
+            (
+                row["case"]["dtype"],
+                row["case"]["label"],
+                seconds(median(row)) or absence(row),
+                f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
+                ratio(median(row, "ratio_copy")),
+                *(seconds(median(case.get(n))) or absence(case.get(n)) for n in ("torch", "torch.compile")),
+            )
+        )
+    shape = rows[0]["case"]
+    return (
+        f"The row kernel alone, logits in and gradient out, {shape['tokens']} x {shape['vocab']}. GB/s of "
+        "the bytes that must move (both logits read once, the gradient written once); a copy of as many "
+        "bytes is 1.00.\n\n" + markdown(header, lines)
+    )
+
+
+def scaling_markdown(rows: Sequence[Row]) -> str:
+    shown = [line for line in scaling_lines(rows) if line[4] in (*OURS, FLOOR)]
+    return (
+        "Cost against tokens and vocabulary. A constant cost per entry (token x vocabulary entry) is "
+        "linear.\n\n" + markdown(SCALING_HEADER, shown)
+    )
+
+
+def readme_section(results: Path = RESULTS) -> str:
+    parts = []
+    makers = (
+        ("head", head_markdown),
+        ("head", memory_markdown),
+        ("rows", rows_markdown),
+        ("scaling", scaling_markdown),
+    )
+    for machine, files in read_all(results).items():
+        parts.append(f"#### `{machine}`")
+        first = next(rows for rows in files.values() if rows)
+        parts.append(provenance(files.get("head") or first))
+        parts.extend(text for name, make in makers if files.get(name) and (text := make(files[name])))
+    return "\n\n".join(parts) or "No result files yet."
+
+
+def replaced(readme: str, section: str) -> str:
+    """``readme`` with what stands between the markers exchanged."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise SystemExit(f"README.md must hold {BEGIN} and, after it, {END}, each once")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 when the README is out of date")
+    parser.add_argument("--print", action="store_true", help="print the section instead of writing it")
+    options = parser.parse_args(arguments)
+    section = readme_section()
+    if options.print:
+        print(section)
+        return 0
+    old = README.read_text()
+    new = replaced(old, section)
+    if options.check:
+        if new != old:
+            print(
+                "README.md differs from benchmarks/results; run python benchmarks/table.py", file=sys.stderr
+            )
+        return int(new != old)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

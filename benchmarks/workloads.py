@@ -1,0 +1,166 @@
+"""What is measured: objectives, dtypes, shapes, inputs and the targets to meet.
+
+The objectives come from ``kd_kernels.objectives.CATALOGUE`` when the package can be imported, so a new
+one is benchmarked without a line here; without the package the list below lets the peers run alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+FLOOR, FLOOR_VOCAB_MAJOR = "floor", "floor [V, C]"
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# The parameters the tables are about. An objective of the catalogue that is not named here is measured
+# with its own defaults.
+PARAMETERS: dict[str, dict[str, float]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jensen_shannon": {"beta": 0.5},
+    "skew_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "total_variation": {},
+    "weighted_kl": {"forward": 1.0, "reverse": 1.0},
+}
+
+LABELS = {
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "jensen_shannon": "JS",
+    "skew_kl": "skew KL",
+    "skew_reverse_kl": "skew reverse KL",
+    "total_variation": "total variation",
+    "weighted_kl": "weighted KL",
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A name of the catalogue with its parameters, hashable so that compiled steps can be kept by it."""
+
+    name: str
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    def __getitem__(self, key: str) -> float:
+        return dict(self.parameters)[key]
+
+    @property
+    def label(self) -> str:
+        values = ", ".join(f"{value:g}" for _, value in self.parameters)
+        return LABELS.get(self.name, self.name.replace("_", " ")) + (f" ({values})" if values else "")
+
+
+def objectives(only: Optional[Iterable[str]] = None) -> list[Objective]:
+    """Every objective of the catalogue, or those named in ``only``."""
+    try:
+        from kd_kernels.objectives import CATALOGUE
+
+        names = list(CATALOGUE)
+    except ImportError:
+        names = list(PARAMETERS)
+    if only is not None:
+        wanted = list(only)
+        unknown = sorted(set(wanted) - set(names))
+        if unknown:
+            raise SystemExit(f"unknown objective {unknown}; there are {names}")
+        names = [name for name in names if name in wanted]
+    return [Objective(name, tuple(PARAMETERS.get(name, {}).items())) for name in names]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One distillation step: tokens x vocabulary with the two hidden sizes."""
+
+    tokens: int
+    vocab: int
+    d_student: int = 512
+    d_teacher: int = 1024
+
+    @property
+    def label(self) -> str:
+        return f"{self.tokens} tokens, V={self.vocab}, hidden {self.d_student}/{self.d_teacher}"
+
+    @property
+    def gemm_flops(self) -> int:
+        """The four products: both logits, d hidden, d weight."""
+        return 2 * self.tokens * self.vocab * (3 * self.d_student + self.d_teacher)
+
+
+HEAD = Shape(2048, 32000)
+QUICK = Shape(48, 384, 32, 48)
+
+
+@dataclass
+class Inputs:
+    """Leaves of one step. The student's tensors collect gradients; the teacher is frozen."""
+
+    h_s: Tensor
+    w_s: Tensor
+    h_t: Tensor
+    w_t: Tensor
+    labels: Tensor = field(repr=False)  # Liger insists on labels; none is ignored
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.h_s, self.w_s, self.h_t, self.w_t))
+
+    def clear_gradients(self) -> None:
+        self.h_s.grad = None
+        self.w_s.grad = None
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> Inputs:
+    """Hidden states and heads whose logits have a standard deviation of 3 and a correlation of about 0.7.
+
+    Independent models would make every divergence large and its row arithmetic unlike training's; equal
+    ones would hide rounding. So the teacher shares the student's features and adds its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int, std: float) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * std
+
+    h_s = normal(shape.tokens, shape.d_student, 1.0)
+    w_s = normal(shape.vocab, shape.d_student, 3.0 / shape.d_student**0.5)
+    h_t = normal(shape.tokens, shape.d_teacher, 1.0)
+    w_t = normal(shape.vocab, shape.d_teacher, 3.0 / shape.d_teacher**0.5)
+    shared = min(shape.d_student, shape.d_teacher // 2)
+    h_t[:, :shared] = h_s[:, :shared]
+    w_t[:, :shared] = w_s[:, :shared] * (shape.d_student / shape.d_teacher) ** 0.5
+
+    def leaf(tensor: Tensor, trained: bool) -> Tensor:
+        return tensor.to(device, dtype).requires_grad_(trained)
+
+    return Inputs(
+        leaf(h_s, True),
+        leaf(w_s, True),
+        leaf(h_t, False),
+        leaf(w_t, False),
+        torch.zeros(shape.tokens, dtype=torch.long, device=device),
+    )
+
+
+def target_ratio(provider: str, dtype: str, objective: str) -> Optional[float]:
+    """How many times the floor a provider of ours may take at ``HEAD``; None where nothing was promised."""
+    limits = {
+        ("kd", "fp32"): (1.08, 1.15),
+        ("kd", "bf16"): (1.75, 2.0),
+        ("kd bf16 logits", "bf16"): (1.2, 1.4),
+    }.get((provider, dtype))
+    if limits is None:
+        return None
+    return limits[0] if objective == "forward_kl" else limits[1]
+
+
+# Times faster than plain torch that `kd` has to be, by (dtype, objective).
+TARGET_SPEEDUP = {("fp32", "forward_kl"): 1.4, ("fp32", "jensen_shannon"): 3.5}
+
+# Peak memory above inputs, outputs and gradients: the package's default budget plus this much.
+WORKSPACE_BYTES = 256 << 20
+TARGET_OVERHEAD_BYTES = 64 << 20
