@@ -1,0 +1,54 @@
+"""Peak memory of a step, in a fresh process: inputs, gradients, the workspace, and little else."""
+
+import subprocess
+import sys
+
+import pytest
+
+_STEP = """
+import sys, torch, kd_kernels as kd
+from pathlib import Path
+dtype, logits_dtype, reduction = (eval(x) for x in sys.argv[1:4])
+torch.set_num_threads(2)
+tokens, vocab, workspace = 1500, 32000, 48 << 20
+
+def status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+
+def head(n, v, width, grad):
+    h, w = torch.randn(n, width).to(dtype), torch.randn(v, width).to(dtype) * width**-0.5
+    return kd.Head(h.requires_grad_(grad), w.requires_grad_(grad))
+
+def step(student, teacher):
+    loss = kd.distill(student, teacher, kd.JensenShannon(), logits_dtype=logits_dtype, reduction=reduction,
+                      workspace_bytes=workspace)
+    loss.sum().backward()
+
+step(head(8, 500, 64, True), head(8, 500, 96, False))  # libraries load and make their pools
+kd.release_workspace()
+student, teacher = head(tokens, vocab, 64, True), head(tokens, vocab, 96, False)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+step(student, teacher)
+above = status("VmHWM") - before
+weight = vocab * 64
+gradients = weight * 4 + weight * dtype.itemsize + tokens * 64 * dtype.itemsize * 2
+print(above - gradients - workspace)
+"""
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [("torch.float32", "None"), ("torch.bfloat16", "None"), ("torch.bfloat16", "torch.bfloat16")],
+    ids=["float32", "bfloat16", "bfloat16 logits"],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_within_workspace_and_64_mib(dtypes, reduction):
+    """[tokens, vocab] would be 96 MB in bfloat16 already, 192 MB in float32; the budget is 48 MiB."""
+    run = subprocess.run(
+        [sys.executable, "-c", _STEP, *dtypes, repr(reduction)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= 64 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"
