@@ -18,7 +18,7 @@ T* pointer(uintptr_t address) {
 
 // A pointer member as a Python attribute that holds its address, 0 for null.
 template <class Class, class T>
-void def_pointer(py::class_<Class>& cls, const char* name, T* Class::*member) {
+void def_pointer(py::class_<Class>& cls, const char* name, T* Class::* member) {
   cls.def_property(
       name, [member](const Class& self) { return reinterpret_cast<uintptr_t>(self.*member); },
       [member](Class& self, uintptr_t address) { self.*member = pointer<T>(address); });
@@ -26,7 +26,7 @@ void def_pointer(py::class_<Class>& cls, const char* name, T* Class::*member) {
 
 // An enum member as a Python int.
 template <class Class, class Enum>
-void def_enum(py::class_<Class>& cls, const char* name, Enum Class::*member, int count) {
+void def_enum(py::class_<Class>& cls, const char* name, Enum Class::* member, int count) {
   cls.def_property(
       name, [member](const Class& self) { return static_cast<int>(self.*member); },
       [member, name, count](Class& self, int value) {

@@ -139,8 +139,7 @@ struct ForwardKL {  // KL(p || q)
   static constexpr bool kStudentSumsToZero = true, kTeacherSumsToZero = false;
   template <class F>
   KD_HD static Parts<F> evaluate(const Pair<F>& pair, const Parameters<F>&) {
-    return {pair.of_teacher(pair.larger_term(), pair.smaller_term()), pair.q_minus_p(),
-            -pair.times(pair.p(), pair.d)};
+    return {pair.of_teacher(pair.larger_term(), pair.smaller_term()), pair.q_minus_p(), -pair.times(pair.p(), pair.d)};
   }
 };
 
@@ -148,8 +147,7 @@ struct ReverseKL {  // KL(q || p)
   static constexpr bool kStudentSumsToZero = false, kTeacherSumsToZero = true;
   template <class F>
   KD_HD static Parts<F> evaluate(const Pair<F>& pair, const Parameters<F>&) {
-    return {pair.of_student(pair.larger_term(), pair.smaller_term()), pair.times(pair.q(), pair.d),
-            -pair.q_minus_p()};
+    return {pair.of_student(pair.larger_term(), pair.smaller_term()), pair.times(pair.q(), pair.d), -pair.q_minus_p()};
   }
 };
 
@@ -183,8 +181,8 @@ struct SkewReverseKL {  // KL(q || m), m = (1 - alpha) p + alpha q
     const F alpha = parameters.first, rest = parameters.first_complement;
     const Mixture<F> m(pair, rest, alpha);
     const F difference = rest * m.difference(pair);  // q / m - 1
-    return {pair.of_student(m.larger_term, m.smaller_term),
-            -fma(alpha * pair.q(), difference, m.student_log(pair)), -rest * pair.p() * difference};
+    return {pair.of_student(m.larger_term, m.smaller_term), -fma(alpha * pair.q(), difference, m.student_log(pair)),
+            -rest * pair.p() * difference};
   }
 };
 

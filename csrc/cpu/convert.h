@@ -151,20 +151,28 @@ void store_segments(const T* block, const BlockShape& shape, void* base) {
 template <class T>
 void load_block(const void* base, Dtype dtype, const BlockShape& shape, T* block) {
   switch (dtype) {
-    case Dtype::float32: return load_segments<Float32>(base, shape, block);
-    case Dtype::bfloat16: return load_segments<Bfloat16>(base, shape, block);
-    case Dtype::float16: return load_segments<Float16>(base, shape, block);
-    case Dtype::float64: return load_segments<Float64>(base, shape, block);
+    case Dtype::float32:
+      return load_segments<Float32>(base, shape, block);
+    case Dtype::bfloat16:
+      return load_segments<Bfloat16>(base, shape, block);
+    case Dtype::float16:
+      return load_segments<Float16>(base, shape, block);
+    case Dtype::float64:
+      return load_segments<Float64>(base, shape, block);
   }
 }
 
 template <class T>
 void store_block(const T* block, Dtype dtype, const BlockShape& shape, void* base) {
   switch (dtype) {
-    case Dtype::float32: return store_segments<Float32>(block, shape, base);
-    case Dtype::bfloat16: return store_segments<Bfloat16>(block, shape, base);
-    case Dtype::float16: return store_segments<Float16>(block, shape, base);
-    case Dtype::float64: return store_segments<Float64>(block, shape, base);
+    case Dtype::float32:
+      return store_segments<Float32>(block, shape, base);
+    case Dtype::bfloat16:
+      return store_segments<Bfloat16>(block, shape, base);
+    case Dtype::float16:
+      return store_segments<Float16>(block, shape, base);
+    case Dtype::float64:
+      return store_segments<Float64>(block, shape, base);
   }
 }
 

@@ -44,13 +44,20 @@ const char* instruction_set() { return chosen().name; }
 
 const char* objective_name(Objective objective) {
   switch (objective) {
-    case Objective::forward_kl: return "forward_kl";
-    case Objective::reverse_kl: return "reverse_kl";
-    case Objective::jensen_shannon: return "jensen_shannon";
-    case Objective::skew_kl: return "skew_kl";
-    case Objective::skew_reverse_kl: return "skew_reverse_kl";
-    case Objective::total_variation: return "total_variation";
-    case Objective::weighted_kl: return "weighted_kl";
+    case Objective::forward_kl:
+      return "forward_kl";
+    case Objective::reverse_kl:
+      return "reverse_kl";
+    case Objective::jensen_shannon:
+      return "jensen_shannon";
+    case Objective::skew_kl:
+      return "skew_kl";
+    case Objective::skew_reverse_kl:
+      return "skew_reverse_kl";
+    case Objective::total_variation:
+      return "total_variation";
+    case Objective::weighted_kl:
+      return "weighted_kl";
   }
   return "";
 }

@@ -24,9 +24,9 @@ struct alignas(64) Block {
 template <class T>
 struct SideLanes {
   Lanes<T> inverse_temperature;
-  Lanes<T> max, logz;   // once the statistics are known
-  Lanes<T> sum;         // once the terms are known: kSumStudent or kSumTeacher
-  Lanes<T> coefficient; // weight of the divergence's gradient; 0 silences even NaN
+  Lanes<T> max, logz;    // once the statistics are known
+  Lanes<T> sum;          // once the terms are known: kSumStudent or kSumTeacher
+  Lanes<T> coefficient;  // weight of the divergence's gradient; 0 silences even NaN
 };
 
 template <class T>
@@ -86,7 +86,8 @@ struct Ahead {
   int number_bytes = 0;
 
   KD_INLINE void touch(int step, int lane) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<uintptr_t>(step * step_bytes + lane * number_bytes)));
+    __builtin_prefetch(
+        reinterpret_cast<const void*>(address + static_cast<uintptr_t>(step * step_bytes + lane * number_bytes)));
   }
 };
 
@@ -141,7 +142,8 @@ template <class T>
 struct LogPair {
   Vec<T> log_p, log_q, difference;
 
-  KD_INLINE LogPair(Vec<T> u_student, Vec<T> u_teacher, Vec<T> logz_student, Vec<T> logz_teacher, Vec<T> logz_difference)
+  KD_INLINE LogPair(Vec<T> u_student, Vec<T> u_teacher, Vec<T> logz_student, Vec<T> logz_teacher,
+                    Vec<T> logz_difference)
       : log_p(u_teacher - logz_teacher), log_q(u_student - logz_student) {
     const Vec<T> zero_probability(-kInfinity<double>);
     const auto both_absent = (log_p == zero_probability) & (log_q == zero_probability);
@@ -208,8 +210,9 @@ void entropy_block(const T* z, int steps, const SideLanes<T>& side, double* entr
 }
 
 // part -> coefficient (part - probability sum), in place. probability is null where the sum is 0.
+// `target`: where the next block's gradient will be stored.
 template <class T>
-void finish_block(T* part, const T* probability, int steps, const SideLanes<T>& side) {
+void finish_block(T* part, const T* probability, int steps, const SideLanes<T>& side, const Ahead& target) {
   using V = Vec<T>;
   const V zero(0.0);
   for (int lane = 0; lane < kLanes<T>; lane += V::kLanes) {
@@ -217,6 +220,7 @@ void finish_block(T* part, const T* probability, int steps, const SideLanes<T>& 
     const auto silent = coefficient == zero;
     for (int step = 0; step < steps; ++step) {
       const int at = step * kLanes<T> + lane;
+      target.touch(step, lane);
       V gradient = V::load(part + at);
       if (probability) gradient = fma(-V::load(probability + at), sum, gradient);
       select(silent, zero, coefficient * gradient).store(part + at);

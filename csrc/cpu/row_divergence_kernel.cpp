@@ -34,24 +34,33 @@ SoftBlocks<T> soft_blocks_of() {
 template <class T>
 SoftBlocks<T> soft_blocks(Objective objective) {
   switch (objective) {
-    case Objective::forward_kl: return soft_blocks_of<T, ForwardKL>();
-    case Objective::reverse_kl: return soft_blocks_of<T, ReverseKL>();
-    case Objective::jensen_shannon: return soft_blocks_of<T, JensenShannon>();
-    case Objective::skew_kl: return soft_blocks_of<T, SkewKL>();
-    case Objective::skew_reverse_kl: return soft_blocks_of<T, SkewReverseKL>();
-    case Objective::total_variation: return soft_blocks_of<T, TotalVariation>();
-    case Objective::weighted_kl: break;
+    case Objective::forward_kl:
+      return soft_blocks_of<T, ForwardKL>();
+    case Objective::reverse_kl:
+      return soft_blocks_of<T, ReverseKL>();
+    case Objective::jensen_shannon:
+      return soft_blocks_of<T, JensenShannon>();
+    case Objective::skew_kl:
+      return soft_blocks_of<T, SkewKL>();
+    case Objective::skew_reverse_kl:
+      return soft_blocks_of<T, SkewReverseKL>();
+    case Objective::total_variation:
+      return soft_blocks_of<T, TotalVariation>();
+    case Objective::weighted_kl:
+      break;
   }
   return soft_blocks_of<T, WeightedKL>();
 }
 
-
 int element_size(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float64: return 8;
-    case Dtype::float32: return 4;
+    case Dtype::float64:
+      return 8;
+    case Dtype::float32:
+      return 4;
     case Dtype::bfloat16:
-    case Dtype::float16: break;
+    case Dtype::float16:
+      break;
   }
   return 2;
 }
@@ -69,8 +78,8 @@ class StripRunner {
         want_teacher_(phases & kGradient && args.teacher.grad) {
     // Without a gradient phase in this call, a later one may want either side's sum.
     teacher_parts_ = want_teacher_ || !(phases & kGradient);
-    fused_ = want_terms_ && (!want_student_ || soft_.student_sums_to_zero) &&
-             (!want_teacher_ || soft_.teacher_sums_to_zero);
+    fused_ =
+        want_terms_ && (!want_student_ || soft_.student_sums_to_zero) && (!want_teacher_ || soft_.teacher_sums_to_zero);
     const int64_t steps = (args.vocab + step_width() - 1) / step_width();
     const int64_t bytes = 2 * steps * kLanes<T> * static_cast<int64_t>(sizeof(T));
     if (want_terms_ && want_student_ && !want_teacher_ && !fused_ && bytes <= kKeepBytes) {
@@ -130,23 +139,24 @@ class StripRunner {
   }
 
   // Row-major blocks follow one another, which the hardware sees by itself.
-  Ahead ahead(const Side& side, int64_t v) const {
+  Ahead ahead(const void* base, Dtype dtype, int64_t ld, int64_t v) const {
     Ahead next;
-    next.address = reinterpret_cast<uintptr_t>(side.logits);
+    next.address = reinterpret_cast<uintptr_t>(base);
     if (row_major_ || v + kSteps >= args_.vocab) return next;
-    next.number_bytes = element_size(side.dtype);
-    next.step_bytes = side.ld * next.number_bytes;
+    next.number_bytes = element_size(dtype);
+    next.step_bytes = ld * next.number_bytes;
     next.address += static_cast<uintptr_t>((v + kSteps) * next.step_bytes + first_ * next.number_bytes);
     return next;
   }
+  Ahead ahead(const Side& side, int64_t v) const { return ahead(side.logits, side.dtype, side.ld, v); }
+  Ahead ahead_gradient(const Side& side, int64_t v) const { return ahead(side.grad, side.grad_dtype, side.grad_ld, v); }
 
   int load(const Side& side, int64_t v, Block<T>& z) const {
     const BlockShape at = shape(side.offsets, side.ld, v);
     load_block(side.logits, side.dtype, at, z.at);
     if (side.scale != 1.0 || side.softcap != 0.0) apply_head(z.at, at.steps, side.scale, side.softcap);
     if (row_major_) {
-      for (int i = at.last_width; i < kLanes<T>; ++i)
-        z.at[(at.steps - 1) * kLanes<T> + i] = -kInfinity<T>;
+      for (int i = at.last_width; i < kLanes<T>; ++i) z.at[(at.steps - 1) * kLanes<T> + i] = -kInfinity<T>;
     }
     return at.steps;
   }
@@ -196,8 +206,7 @@ class StripRunner {
 
   void statistics_pass() {
     const bool hard = any_label_ && !all_temperatures_one_;
-    for (int i = 0; i < tokens_; ++i)
-      statistics(token(i))[kLabelLogit] = kNaN<double>;
+    for (int i = 0; i < tokens_; ++i) statistics(token(i))[kLabelLogit] = kNaN<double>;
     online_student_.reset();
     online_teacher_.reset();
     for (int64_t v = 0; v < args_.vocab; v += block_width()) {
@@ -209,7 +218,8 @@ class StripRunner {
       }
       if (any_label_) {
         for (int i = 0; i < tokens_; ++i)
-          if (const T* z = label_entry(z_student_.at, v, i)) statistics(token(i))[kLabelLogit] = static_cast<double>(*z);
+          if (const T* z = label_entry(z_student_.at, v, i))
+            statistics(token(i))[kLabelLogit] = static_cast<double>(*z);
       }
       load(args_.teacher, v, z_teacher_);
       accumulate_exp<T, false>(z_teacher_.at, steps, teacher_, ahead(args_.teacher, v), online_teacher_);
@@ -313,17 +323,18 @@ class StripRunner {
           planes.p = p_needed ? p_.at : nullptr;
         }
         soft_.variant[fused_][fused_ ? teacher_parts_ : want_teacher_](z_student_.at, z_teacher_.at, steps, student_,
-                                                                      teacher_, pair_, ahead(args_.student, v),
-                                                                      ahead(args_.teacher, v), planes, &sums_);
+                                                                       teacher_, pair_, ahead(args_.student, v),
+                                                                       ahead(args_.teacher, v), planes, &sums_);
         if (fused_) add_entropies(steps);
       }
       if (want_student_) {
-        finish_block(planes.student, soft_.student_sums_to_zero ? nullptr : planes.q, steps, student_);
+        finish_block(planes.student, soft_.student_sums_to_zero ? nullptr : planes.q, steps, student_,
+                     ahead_gradient(args_.student, v));
         if (any_hard_) add_hard(planes.student, planes.q, v, steps);
         store(args_.student, v, z_student_, planes.student);
       }
       if (want_teacher_) {
-        finish_block(planes.teacher, planes.p, steps, teacher_);
+        finish_block(planes.teacher, planes.p, steps, teacher_, ahead_gradient(args_.teacher, v));
         store(args_.teacher, v, z_teacher_, planes.teacher);
       }
     }
@@ -387,7 +398,7 @@ void run_strips(const RowDivergence& args, unsigned phases) {
     for (int64_t strip = 0; strip < strips; ++strip) runner.run(strip);
     return;
   }
-#pragma omp parallel num_threads(static_cast <int>(threads))
+#pragma omp parallel num_threads(static_cast<int>(threads))
   {
     StripRunner<T> runner(args, phases);
 #pragma omp for schedule(dynamic, 1)

@@ -65,7 +65,7 @@ struct Traits<double> {
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kLowestExponent = -708.0;
   static constexpr int kPhiTerms = 13, kAtanhTerms = 11;  // of the Taylor series
-  static constexpr double kPhi[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,    1.0 / 720,
+  static constexpr double kPhi[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
                                     1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800, 1.0 / 39916800,
                                     1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
 };
@@ -127,8 +127,12 @@ struct Mask<double> {
   KD_INLINE bool any() const { return bits != 0; }
 };
 
-KD_INLINE Vec<float> select(Mask<float> m, Vec<float> a, Vec<float> b) { return {_mm512_mask_blend_ps(m.bits, b.v, a.v)}; }
-KD_INLINE Vec<double> select(Mask<double> m, Vec<double> a, Vec<double> b) { return {_mm512_mask_blend_pd(m.bits, b.v, a.v)}; }
+KD_INLINE Vec<float> select(Mask<float> m, Vec<float> a, Vec<float> b) {
+  return {_mm512_mask_blend_ps(m.bits, b.v, a.v)};
+}
+KD_INLINE Vec<double> select(Mask<double> m, Vec<double> a, Vec<double> b) {
+  return {_mm512_mask_blend_pd(m.bits, b.v, a.v)};
+}
 
 #else
 

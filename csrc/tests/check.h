@@ -22,12 +22,12 @@ inline int finish() {
 }  // namespace check
 
 // The message says which case failed, printf-like.
-#define CHECK(condition, ...)                                        \
-  do {                                                               \
-    ++check::checks();                                               \
-    if (!(condition) && ++check::failures() <= 20) {                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);    \
-      std::printf(__VA_ARGS__);                                      \
-      std::printf("\n");                                             \
-    }                                                                \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    ++check::checks();                                            \
+    if (!(condition) && ++check::failures() <= 20) {              \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)

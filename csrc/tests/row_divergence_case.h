@@ -1,0 +1,346 @@
+// One call of the row kernel with everything it points to, and the formulas written plainly in double.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../row_divergence.h"
+#include "check.h"
+
+namespace row_test {
+
+using kd::Dtype;
+using kd::Objective;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// --- a reproducible source of numbers -----------------------------------------------------------
+struct Random {
+  uint64_t state;
+  double uniform() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<double>(state >> 11) * 0x1p-53;
+  }
+  double normal() {
+    double sum = -6.0;
+    for (int i = 0; i < 12; ++i) sum += uniform();
+    return sum;
+  }
+};
+
+// --- storage types, by the slow road ---------------------------------------------------------------
+inline int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+inline double decode(const char* at, Dtype dtype) {
+  if (dtype == Dtype::float64) {
+    double x;
+    std::memcpy(&x, at, 8);
+    return x;
+  }
+  if (dtype == Dtype::float32) {
+    float x;
+    std::memcpy(&x, at, 4);
+    return x;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  const int mantissa_bits = dtype == Dtype::bfloat16 ? 7 : 10, bias = dtype == Dtype::bfloat16 ? 127 : 15;
+  const int exponent = (bits & 0x7fff) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
+  const double sign = bits & 0x8000 ? -1.0 : 1.0;
+  if (exponent == 2 * bias + 1) return mantissa ? kNaN : sign * kInf;
+  const double fraction = std::ldexp(mantissa, -mantissa_bits);
+  return sign * (exponent ? std::ldexp(1.0 + fraction, exponent - bias) : std::ldexp(fraction, 1 - bias));
+}
+
+inline double decode16(int bits, Dtype dtype) {
+  char bytes[8] = {};  // as long as the longest type, whose branch the compiler sees too
+  const uint16_t narrow = static_cast<uint16_t>(bits);
+  std::memcpy(bytes, &narrow, 2);
+  return decode(bytes, dtype);
+}
+
+// The largest number not above, by search among the neighbours: for the 16-bit types the candidates are few.
+inline void encode(double value, char* at, Dtype dtype) {
+  if (dtype == Dtype::float64) {
+    std::memcpy(at, &value, 8);
+  } else if (dtype == Dtype::float32) {
+    const float x = static_cast<float>(value);
+    std::memcpy(at, &x, 4);
+  } else {
+    int low = 0, high = dtype == Dtype::bfloat16 ? 0x7f80 : 0x7c00;  // largest magnitude not above |value|
+    if (std::isnan(value)) {
+      low = high + 1;
+    } else {
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (decode16(middle, dtype) <= std::fabs(value)) {
+          low = middle;
+        } else {
+          high = middle - 1;
+        }
+      }
+    }
+    const uint16_t bits = static_cast<uint16_t>(low | (std::signbit(value) ? 0x8000 : 0));
+    std::memcpy(at, &bits, 2);
+  }
+}
+
+inline double relative_rounding(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64:
+      return 1e-15;
+    case Dtype::float32:
+      return 1.2e-7;
+    case Dtype::float16:
+      return 1.0e-3;
+    case Dtype::bfloat16:
+      break;
+  }
+  return 8.0e-3;
+}
+
+// --- one call, with everything it points to ---------------------------------------------------------
+struct Model {
+  Dtype dtype = Dtype::float32, grad_dtype = Dtype::float32;
+  double scale = 1.0, softcap = 0.0;
+  std::vector<double> temperature;
+  std::vector<char> logits, grad;
+  std::vector<int64_t> offsets, grad_offsets;
+  bool want_grad = true, in_place = false;
+};
+
+struct Case {
+  int64_t n, vocab;
+  bool row_major = true;
+  Objective objective = Objective::forward_kl;
+  double parameter0 = 0.3, parameter1 = 0.6;
+  Model student, teacher;
+  std::vector<int64_t> labels;
+  std::vector<double> soft_weight, hard_weight;
+  int threads = 2;
+  // results
+  std::vector<double> statistics, terms;
+
+  Case(int64_t n_, int64_t vocab_) : n(n_), vocab(vocab_), soft_weight(n_, 1.0), hard_weight(n_, 0.0) {
+    student.temperature.assign(n, 1.0);
+    teacher.temperature.assign(n, 1.0);
+  }
+
+  int64_t ld() const { return row_major ? vocab : n; }
+  int64_t index(int64_t row, int64_t v) const { return row_major ? row * vocab + v : v * n + row; }
+  double logit(const Model& m, int64_t row, int64_t v) const {
+    return decode(m.logits.data() + index(row, v) * size_of(m.dtype), m.dtype);
+  }
+  void set(Model& m, int64_t row, int64_t v, double value) {
+    encode(value, m.logits.data() + index(row, v) * size_of(m.dtype), m.dtype);
+  }
+  double gradient(const Model& m, int64_t row, int64_t v) const {
+    const auto& bytes = m.in_place ? m.logits : m.grad;
+    return decode(bytes.data() + index(row, v) * size_of(m.grad_dtype), m.grad_dtype);
+  }
+
+  void allocate() {
+    for (Model* m : {&student, &teacher}) m->logits.assign(n * vocab * size_of(m->dtype), 0);
+  }
+  void randomize(Random& random, double spread, double difference) {
+    allocate();
+    for (int64_t row = 0; row < n; ++row)
+      for (int64_t v = 0; v < vocab; ++v) {
+        const double z = spread * random.normal();
+        set(teacher, row, v, z);
+        set(student, row, v, difference < 0 ? spread * random.normal() : z + difference * random.normal());
+      }
+  }
+
+  kd::Side side(Model& m) {
+    m.offsets.clear();
+    for (int64_t row = 0; row_major && row < n; ++row) m.offsets.push_back(row * vocab);
+    if (m.want_grad && !m.in_place) m.grad.assign(n * vocab * size_of(m.grad_dtype), 0x55);
+    kd::Side side;
+    side.logits = m.logits.data();
+    side.dtype = m.dtype;
+    side.offsets = row_major ? m.offsets.data() : nullptr;
+    side.ld = n;
+    side.scale = m.scale;
+    side.softcap = m.softcap;
+    side.temperature = m.temperature.data();
+    side.grad = !m.want_grad ? nullptr : m.in_place ? m.logits.data() : m.grad.data();
+    side.grad_dtype = m.grad_dtype;
+    side.grad_offsets = side.offsets;
+    side.grad_ld = n;
+    return side;
+  }
+
+  void run(const std::vector<unsigned>& calls = {kd::kStatistics | kd::kTerms | kd::kGradient}) {
+    statistics.assign(n * kd::kStatisticColumns, 0.0);
+    terms.assign(n * kd::kTermColumns, 0.0);
+    const std::vector<double> p0(n, parameter0), p1(n, parameter1);
+    kd::RowDivergence args;
+    args.n = n;
+    args.vocab = vocab;
+    args.objective = objective;
+    args.student = side(student);
+    args.teacher = side(teacher);
+    args.parameter0 = p0.data();
+    args.parameter1 = p1.data();
+    args.labels = labels.empty() ? nullptr : labels.data();
+    args.soft_weight = soft_weight.data();
+    args.hard_weight = hard_weight.data();
+    args.statistics = statistics.data();
+    args.terms = terms.data();
+    args.entropies = true;
+    args.threads = threads;
+    for (unsigned phases : calls) kd::row_divergence(args, phases);
+  }
+  double soft(int64_t row) const { return terms[row * kd::kTermColumns + kd::kSoft]; }
+  double term(int64_t row, kd::Term which) const { return terms[row * kd::kTermColumns + which]; }
+};
+
+// --- the formulas ------------------------------------------------------------------------------------
+struct Expected {
+  double soft = 0, hard = 0, student_entropy = 0, teacher_entropy = 0;
+  std::vector<double> student, teacher;
+};
+
+inline double capped(const Model& m, double logit) {
+  const double z = m.scale * logit;
+  return m.softcap != 0.0 ? m.softcap * std::tanh(z / m.softcap) : z;
+}
+
+inline std::vector<double> log_softmax(const std::vector<double>& z, double temperature) {
+  double max = -kInf, sum = 0.0;
+  for (double x : z) max = std::fmax(max, x);
+  for (double x : z) sum += std::exp((x - max) / temperature);
+  std::vector<double> result;
+  for (double x : z) result.push_back((x - max) / temperature - std::log(sum));
+  return result;
+}
+
+inline double phi(double x) {
+  return std::fabs(x) < 1e-2 ? x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x / 120))) : std::expm1(x) - x;
+}
+
+inline double times(double p, double x) { return p == 0.0 ? 0.0 : p * x; }
+
+// The summand made non-negative (where p = 0, p phi(log(m / p)) is m) and the textbook's dL/dq and dL/dp.
+inline void entry(const Case& c, double lp, double lq, double& term, double& dq, double& dp) {
+  const double p = std::exp(lp), q = std::exp(lq), d = lq - lp, w = c.parameter0;
+  const auto log_mixture = [&](double a, double b) {  // log(a p + b q)
+    const double top = std::fmax(lp, lq);
+    return top + std::log(a * std::exp(lp - top) + b * std::exp(lq - top));
+  };
+  switch (c.objective) {
+    case Objective::forward_kl:
+      term = p == 0 ? q : p * phi(d);
+      dq = -p / q, dp = -d;
+      return;
+    case Objective::reverse_kl:
+      term = q == 0 ? p : q * phi(-d);
+      dq = d, dp = -q / p;
+      return;
+    case Objective::weighted_kl:
+      term = w * (p == 0 ? q : p * phi(d)) + c.parameter1 * (q == 0 ? p : q * phi(-d));
+      dq = -w * p / q + c.parameter1 * d, dp = -w * d - c.parameter1 * q / p;
+      return;
+    case Objective::total_variation:
+      term = std::fabs(p - q) / 2;
+      dq = d > 0 ? 0.5 : d < 0 ? -0.5 : 0.0, dp = -dq;
+      return;
+    case Objective::jensen_shannon: {
+      const double a = log_mixture(w, 1 - w) - lp, b = log_mixture(w, 1 - w) - lq;
+      term = w * (p == 0 ? (1 - w) * q : p * phi(a)) + (1 - w) * (q == 0 ? w * p : q * phi(b));
+      dq = -(1 - w) * b, dp = -w * a;
+      return;
+    }
+    case Objective::skew_kl: {
+      const double a = log_mixture(w, 1 - w) - lp;
+      term = p == 0 ? (1 - w) * q : p * phi(a);
+      dq = -(1 - w) * std::exp(-a), dp = -a - w * std::exp(-a);
+      return;
+    }
+    case Objective::skew_reverse_kl: {
+      const double b = log_mixture(1 - w, w) - lq;
+      term = q == 0 ? (1 - w) * p : q * phi(b);
+      dq = -b - w * std::exp(-b), dp = -(1 - w) * std::exp(lq - log_mixture(1 - w, w));
+      return;
+    }
+  }
+}
+
+inline Expected expect(const Case& c, int64_t row) {
+  std::vector<double> zs, zt;
+  for (int64_t v = 0; v < c.vocab; ++v) {
+    zs.push_back(capped(c.student, c.logit(c.student, row, v)));
+    zt.push_back(capped(c.teacher, c.logit(c.teacher, row, v)));
+  }
+  const auto lq = log_softmax(zs, c.student.temperature[row]), lp = log_softmax(zt, c.teacher.temperature[row]);
+  const auto lq1 = log_softmax(zs, 1.0);
+  Expected e;
+  std::vector<double> dq(c.vocab), dp(c.vocab);
+  double mean_q = 0, mean_p = 0;
+  for (int64_t v = 0; v < c.vocab; ++v) {
+    double term = 0;
+    if (std::isinf(lp[v]) && std::isinf(lq[v])) continue;
+    entry(c, lp[v], lq[v], term, dq[v], dp[v]);
+    e.soft += term;
+    mean_q += times(std::exp(lq[v]), dq[v]);
+    mean_p += times(std::exp(lp[v]), dp[v]);
+    e.student_entropy -= times(std::exp(lq[v]), lq[v]);
+    e.teacher_entropy -= times(std::exp(lp[v]), lp[v]);
+  }
+  const bool labelled = !c.labels.empty();
+  if (labelled) e.hard = -lq1[c.labels[row]];
+  for (int64_t v = 0; v < c.vocab; ++v) {
+    const auto chain = [](const Model& m, double z) {
+      return m.scale * (m.softcap != 0.0 ? 1 - (z / m.softcap) * (z / m.softcap) : 1.0);
+    };
+    const double q = std::exp(lq[v]), p = std::exp(lp[v]);
+    double gs = c.soft_weight[row] * times(q, dq[v] - mean_q) / c.student.temperature[row];
+    if (c.objective == Objective::forward_kl && q == 0) gs = -c.soft_weight[row] * p / c.student.temperature[row];
+    if (labelled) gs += c.hard_weight[row] * (std::exp(lq1[v]) - (c.labels[row] == v ? 1 : 0));
+    e.student.push_back(gs * chain(c.student, zs[v]));
+    e.teacher.push_back(c.soft_weight[row] * times(p, dp[v] - mean_p) / c.teacher.temperature[row] *
+                        chain(c.teacher, zt[v]));
+  }
+  return e;
+}
+
+inline bool close(double got, double want, double tolerance) {
+  if (std::isnan(want)) return std::isnan(got);
+  if (std::isinf(want)) return got == want;
+  return std::fabs(got - want) <= tolerance;
+}
+
+// Compares all rows of a call that has run. `before` holds the logits where the gradient overwrote them.
+inline void compare(const Case& c, const Case& before, const char* what) {
+  const bool wide = c.student.dtype == Dtype::float64 || c.teacher.dtype == Dtype::float64;
+  const double loss_tolerance = wide ? 1e-12 : 4e-6, gradient_tolerance = wide ? 1e-12 : 4e-6;
+  for (int64_t row = 0; row < c.n; ++row) {
+    const Expected e = expect(before, row);
+    const auto name = kd::objective_name(c.objective);
+    CHECK(close(c.soft(row), e.soft, loss_tolerance * (e.soft + 0.03)), "%s %s n=%d V=%d row %d: %.9g, not %.9g", what,
+          name, int(c.n), int(c.vocab), int(row), c.soft(row), e.soft);
+    CHECK(close(c.term(row, kd::kHard), e.hard, loss_tolerance * (1 + e.hard)), "%s %s hard", what, name);
+    CHECK(close(c.term(row, kd::kStudentEntropy), e.student_entropy, loss_tolerance * (1 + e.student_entropy)),
+          "%s %s H(q)", what, name);
+    CHECK(close(c.term(row, kd::kTeacherEntropy), e.teacher_entropy, loss_tolerance * (1 + e.teacher_entropy)),
+          "%s %s H(p)", what, name);
+    const auto check_gradient = [&](const Model& m, const std::vector<double>& want, const char* side) {
+      if (!m.want_grad) return;
+      for (int64_t v = 0; v < c.vocab; ++v) {
+        const double smallest_step = m.grad_dtype == Dtype::float16 ? 6e-8 : 0.0;
+        const double tolerance =
+            gradient_tolerance + smallest_step + relative_rounding(m.grad_dtype) * std::fabs(want[v]);
+        CHECK(close(c.gradient(m, row, v), want[v], tolerance), "%s %s %s n=%d V=%d (%d, %d): %.9g, not %.9g", what,
+              name, side, int(c.n), int(c.vocab), int(row), int(v), c.gradient(m, row, v), want[v]);
+      }
+    };
+    check_gradient(c.student, e.student, "student");
+    check_gradient(c.teacher, e.teacher, "teacher");
+  }
+}
+
+}  // namespace row_test
