@@ -12,11 +12,11 @@ constexpr int kDtypes = 4;
 enum class Objective : int {
   forward_kl = 0,
   reverse_kl = 1,
-  jensen_shannon = 2,    // parameter0 = beta in (0, 1)
-  skew_kl = 3,           // parameter0 = alpha in (0, 1)
-  skew_reverse_kl = 4,   // parameter0 = alpha in (0, 1)
+  jensen_shannon = 2,   // parameter0 = beta in (0, 1)
+  skew_kl = 3,          // parameter0 = alpha in (0, 1)
+  skew_reverse_kl = 4,  // parameter0 = alpha in (0, 1)
   total_variation = 5,
-  weighted_kl = 6,       // parameter0 = forward weight, parameter1 = reverse weight
+  weighted_kl = 6,  // parameter0 = forward weight, parameter1 = reverse weight
 };
 constexpr int kObjectives = 7;
 const char* objective_name(Objective objective);
@@ -25,7 +25,7 @@ const char* objective_name(Objective objective);
 // run before (by this process, or by a reduction over ranks) and its results stand in `statistics`.
 enum Phase : unsigned { kStatistics = 1, kTerms = 2, kGradient = 4 };
 
-// Columns of `statistics` [n, 8], float64. z is the logit after scale and softcap, u = z / temperature.
+// Columns of `statistics` [n, 10], float64. z is the logit after scale and softcap, u = z / temperature.
 enum Statistic : int {
   kMaxStudent = 0,   // max z
   kLogzStudent = 1,  // log sum exp(u - max u)
@@ -35,8 +35,10 @@ enum Statistic : int {
   kSumStudent = 5,   // sum over the vocabulary of q dL/dq: what the student's gradient subtracts
   kSumTeacher = 6,   // sum over the vocabulary of p dL/dp
   kLabelLogit = 7,   // z of the student at the label
+  kMassStudent = 8,  // sum of q and of p as computed: 1 up to rounding. The gradient divides the sums
+  kMassTeacher = 9,  // by them, or a sharp row would pay for that rounding with most of its digits.
 };
-constexpr int kStatisticColumns = 8;
+constexpr int kStatisticColumns = 10;
 
 // Columns of `terms` [n, 4], float64, unweighted: divergence, cross-entropy, H(q), H(p).
 enum Term : int { kSoft = 0, kHard = 1, kStudentEntropy = 2, kTeacherEntropy = 3 };
@@ -51,8 +53,8 @@ struct Side {
   Dtype dtype = Dtype::float32;
   const int64_t* offsets = nullptr;
   int64_t ld = 0;
-  double scale = 1.0;    // z = scale * logit, or softcap * tanh(scale * logit / softcap)
-  double softcap = 0.0;  // 0: none
+  double scale = 1.0;                   // z = scale * logit, or softcap * tanh(scale * logit / softcap)
+  double softcap = 0.0;                 // 0: none
   const double* temperature = nullptr;  // [n]
   // Gradient with respect to the raw logit, in the same layout. Null: not wanted. May be the logits'
   // own memory when dtype and offsets (or ld) agree.
@@ -67,14 +69,14 @@ struct RowDivergence {
   int64_t vocab = 0;
   Objective objective = Objective::forward_kl;
   Side student, teacher;
-  const double* parameter0 = nullptr;  // [n], where the objective has one
-  const double* parameter1 = nullptr;  // [n]
-  const int64_t* labels = nullptr;     // [n] or null: no cross-entropy. Out of range: NaN, never read.
-  const double* soft_weight = nullptr; // [n] gradient = soft_weight dSoft/dz + hard_weight dHard/dz;
-  const double* hard_weight = nullptr; // [n] a row whose weights are both 0 gets gradient 0, whatever it holds
-  double* statistics = nullptr;        // [n, 8]
-  double* terms = nullptr;             // [n, 4]; written by the terms phase
-  bool entropies = false;              // fill the two entropy columns (they cost two more sums)
+  const double* parameter0 = nullptr;   // [n], where the objective has one
+  const double* parameter1 = nullptr;   // [n]
+  const int64_t* labels = nullptr;      // [n] or null: no cross-entropy. Out of range: NaN, never read.
+  const double* soft_weight = nullptr;  // [n] gradient = soft_weight dSoft/dz + hard_weight dHard/dz;
+  const double* hard_weight = nullptr;  // [n] a row whose weights are both 0 gets gradient 0, whatever it holds
+  double* statistics = nullptr;         // [n, 10]
+  double* terms = nullptr;              // [n, 4]; written by the terms phase
+  bool entropies = false;               // fill the two entropy columns (they cost two more sums)
   int threads = 1;
 };
 

@@ -14,11 +14,13 @@ from torch import Tensor
 
 STATISTICS, TERMS, GRADIENT = 1, 2, 4  # phases; a call runs consecutive ones, fused
 
-# Columns of ``statistics`` [n, 8] float64; z = logit after scale and softcap, u = z / temperature.
+# Columns of ``statistics`` [n, 10] float64; z = logit after scale and softcap, u = z / temperature.
 MAX_STUDENT, LOGZ_STUDENT, MAX_TEACHER, LOGZ_TEACHER, LOGZ_HARD, SUM_STUDENT, SUM_TEACHER, LABEL_LOGIT = (
     range(8)
 )
-STATISTIC_COLUMNS = 8
+# Sums of q and of p as computed: 1 up to rounding, which the gradient divides out of SUM_*.
+MASS_STUDENT, MASS_TEACHER = 8, 9
+STATISTIC_COLUMNS = 10
 # Columns of ``terms`` [n, 4] float64, unweighted.
 SOFT, HARD, STUDENT_ENTROPY, TEACHER_ENTROPY = range(4)
 TERM_COLUMNS = 4
@@ -74,7 +76,7 @@ class RowJob:
     labels: Optional[Tensor]  # [n] int64; None: no cross-entropy
     soft_weight: Tensor  # [n] float64: the gradient is soft_weight dSoft + hard_weight dHard;
     hard_weight: Tensor  # [n] float64: a row with both 0 gets gradient 0, whatever it holds
-    statistics: Tensor  # [n, 8] float64
+    statistics: Tensor  # [n, 10] float64
     terms: Tensor  # [n, 4] float64
     entropies: bool
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import OBJECTIVES, Batch, error, leaves
+from cases import FLOOR, OBJECTIVES, Batch, error, leaves
 
 import kd_kernels as kd
 from kd_kernels.reference import divergence
@@ -268,3 +268,20 @@ def test_offsets_are_64_bit():
     teacher = torch.randn(3, 64)
     assert torch.equal(kd.distill(far, teacher, kd.ForwardKL(), reduction="none"),
                        kd.distill(near, teacher, kd.ForwardKL(), reduction="none"))  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+@pytest.mark.parametrize("spread", [3.0, 12.0, 30.0])
+def test_sharp_rows(objective, spread, backend):
+    """Nearly one-hot rows that half agree: the softmax Jacobian must not cancel the digits away."""
+    student, noise = (torch.randn(2, 64, 1031) * spread).unbind()
+    teacher = 0.3 * noise + 0.7 * student
+
+    def gradients_of(loss, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (student, teacher)]
+        return torch.autograd.grad(loss(*inputs).sum(), inputs)
+
+    exact = gradients_of(lambda s, t: divergence(objective, s, t), torch.float64)
+    plain = gradients_of(lambda s, t: divergence(objective, s, t), torch.float32)
+    for x, y, z in zip(run(objective, student, teacher, backend)[1:], plain, exact):
+        assert error(x, z) <= 2 * error(y, z) + FLOOR[torch.float32]

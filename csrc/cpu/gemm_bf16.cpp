@@ -3,13 +3,13 @@
 //
 // An output is one chain of vdpbf16ps per depth block, the blocks added in order; neither the tile it falls in,
 // nor the thread, nor the strides change that chain. As everywhere in that instruction, subnormals count as zero.
-#include "../gemm.h"
-
 #include <cstddef>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
 #include <utility>
+
+#include "../gemm.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -47,15 +47,15 @@ using i64 = int64_t;
 // in the 28 cycles of its arithmetic, which L2 supplies easily; a depth of 512 is 2 to 3 % slower. So blocks are
 // low, to divide a small m evenly among threads. Packed b of 1 or 2 MB is best: at 8 MB, d hidden and row-major
 // logits are 5 to 10 % slower, as L3 no longer holds it beside what streams through; less means more barriers.
-constexpr i64 kLanes = 16;                     // words of a vector
-constexpr i64 kTileRows = 14;                  // 28 registers accumulate, 2 hold b, 1 an element of a
+constexpr i64 kLanes = 16;     // words of a vector
+constexpr i64 kTileRows = 14;  // 28 registers accumulate, 2 hold b, 1 an element of a
 constexpr i64 kTileCols = 2 * kLanes;
-constexpr i64 kDepthPairs = 512;               // of a depth block, at most
-constexpr i64 kBlockRows = 6 * kTileRows;      // packed a: 172 KB per thread
-constexpr i64 kSharedWords = i64{1} << 19;     // packed b: 2 MB, shared
-constexpr i64 kUnitCols = 4 * kLanes;          // of b, packed by one thread at a time: two cache lines of a row
-constexpr i64 kChunk = 16;                     // pairs packed at a time
-constexpr i64 kWorkPerThread = i64{1} << 18;   // products that pay for waking another thread
+constexpr i64 kDepthPairs = 512;              // of a depth block, at most
+constexpr i64 kBlockRows = 6 * kTileRows;     // packed a: 172 KB per thread
+constexpr i64 kSharedWords = i64{1} << 19;    // packed b: 2 MB, shared
+constexpr i64 kUnitCols = 4 * kLanes;         // of b, packed by one thread at a time: two cache lines of a row
+constexpr i64 kChunk = 16;                    // pairs packed at a time
+constexpr i64 kWorkPerThread = i64{1} << 18;  // products that pay for waking another thread
 
 constexpr i64 least(i64 x, i64 y) { return x < y ? x : y; }
 constexpr i64 most(i64 x, i64 y) { return x > y ? x : y; }
@@ -277,8 +277,14 @@ void gemm_bf16(const GemmBf16& g) {
               const i64 n = n0 + q * kTileCols;
               const uint32_t* const panel = packed_b + (d - d0) * b_words + 2 * q * b_strip;
               for (i64 i = 0; i * height < rows; ++i) {
-                const Tile tile{packed_a + i * a_strip, panel, panel + b_strip, parts(strips.k, 2),
-                                g.c + (m0 + i * height) * g.ldc + n, g.ldc, n1 - n, g.accumulate || d > 0};
+                const Tile tile{packed_a + i * a_strip,
+                                panel,
+                                panel + b_strip,
+                                parts(strips.k, 2),
+                                g.c + (m0 + i * height) * g.ldc + n,
+                                g.ldc,
+                                n1 - n,
+                                g.accumulate || d > 0};
                 multiply_rows(std::make_index_sequence<kTileRows>(), least(height, rows - i * height), tile);
               }
             }

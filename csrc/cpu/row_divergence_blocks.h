@@ -25,7 +25,7 @@ template <class T>
 struct SideLanes {
   Lanes<T> inverse_temperature;
   Lanes<T> max, logz;    // once the statistics are known
-  Lanes<T> sum;          // once the terms are known: kSumStudent or kSumTeacher
+  Lanes<T> sum;          // once the terms are known: sum of the parts over the mass
   Lanes<T> coefficient;  // weight of the divergence's gradient; 0 silences even NaN
 };
 
@@ -130,6 +130,7 @@ struct Planes {
 template <class T>
 struct Sums {
   double term[kLanes<T>], student[kLanes<T>], teacher[kLanes<T>];
+  double student_mass[kLanes<T>], teacher_mass[kLanes<T>];
   double student_entropy[kLanes<T>], teacher_entropy[kLanes<T>];
 };
 
@@ -164,7 +165,7 @@ void soft_block(const T* z_student, const T* z_teacher, int steps, const SideLan
     const V inverse_teacher = teacher.inverse_temperature.vec(lane);
     const V logz_student = student.logz.vec(lane), logz_teacher = teacher.logz.vec(lane);
     const V logz_difference = lanes.logz_difference.vec(lane);
-    V term(0.0), student_sum(0.0), teacher_sum(0.0);
+    V term(0.0), student_sum(0.0), teacher_sum(0.0), student_mass(0.0), teacher_mass(0.0);
     for (int step = 0; step < steps; ++step) {
       const int at = step * kLanes<T> + lane;
       ahead_student.touch(step, lane);
@@ -176,8 +177,14 @@ void soft_block(const T* z_student, const T* z_teacher, int steps, const SideLan
       const Parts<V> parts = Functor::evaluate(pair, parameters);
       if (kSums) {
         term = term + parts.term;
-        if (!Functor::kStudentSumsToZero) student_sum = student_sum + parts.student;
-        if (kTeacher && !Functor::kTeacherSumsToZero) teacher_sum = teacher_sum + parts.teacher;
+        if (!Functor::kStudentSumsToZero) {
+          student_sum = student_sum + parts.student;
+          student_mass = student_mass + pair.q();
+        }
+        if (kTeacher && !Functor::kTeacherSumsToZero) {
+          teacher_sum = teacher_sum + parts.teacher;
+          teacher_mass = teacher_mass + pair.p();
+        }
       }
       if (planes.student) parts.student.store(planes.student + at);
       if (planes.q) pair.q().store(planes.q + at);
@@ -188,8 +195,14 @@ void soft_block(const T* z_student, const T* z_teacher, int steps, const SideLan
     }
     if (kSums) {
       add_lanes(term, lane, sums->term);
-      if (!Functor::kStudentSumsToZero) add_lanes(student_sum, lane, sums->student);
-      if (kTeacher && !Functor::kTeacherSumsToZero) add_lanes(teacher_sum, lane, sums->teacher);
+      if (!Functor::kStudentSumsToZero) {
+        add_lanes(student_sum, lane, sums->student);
+        add_lanes(student_mass, lane, sums->student_mass);
+      }
+      if (kTeacher && !Functor::kTeacherSumsToZero) {
+        add_lanes(teacher_sum, lane, sums->teacher);
+        add_lanes(teacher_mass, lane, sums->teacher_mass);
+      }
     }
   }
 }

@@ -271,10 +271,14 @@ class StripRunner {
     }
   }
 
+  // Parts that are known to sum to zero carry no mass.
+  static T over_mass(double sum, double mass) { return static_cast<T>(sum == 0.0 ? 0.0 : sum / mass); }
+
   void read_sums() {
     for (int i = 0; i < kLanes<T>; ++i) {
-      student_.sum.at[i] = static_cast<T>(statistics(token(i))[kSumStudent]);
-      teacher_.sum.at[i] = static_cast<T>(statistics(token(i))[kSumTeacher]);
+      const double* row = statistics(token(i));
+      student_.sum.at[i] = over_mass(row[kSumStudent], row[kMassStudent]);
+      teacher_.sum.at[i] = over_mass(row[kSumTeacher], row[kMassTeacher]);
     }
   }
 
@@ -359,6 +363,8 @@ class StripRunner {
       double* terms = args_.terms + token(i) * kTermColumns;
       row[kSumStudent] = reduce(sums_.student, i);
       row[kSumTeacher] = reduce(sums_.teacher, i);
+      row[kMassStudent] = reduce(sums_.student_mass, i);
+      row[kMassTeacher] = reduce(sums_.teacher_mass, i);
       terms[kSoft] = reduce(sums_.term, i);
       terms[kHard] = args_.labels ? row[kLogzHard] - (row[kLabelLogit] - row[kMaxStudent]) : 0.0;
       terms[kStudentEntropy] = reduce(sums_.student_entropy, i);

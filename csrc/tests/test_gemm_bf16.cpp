@@ -207,7 +207,9 @@ int main() {
       check_isolation(20, 40, k, form, std::numeric_limits<float>::quiet_NaN());
       check_isolation(15, 33, k, form, std::numeric_limits<float>::infinity());
     }
-  if (failures) std::printf("%d failures\n", failures);
-  else std::printf("gemm_bf16: passed\n");
+  if (failures)
+    std::printf("%d failures\n", failures);
+  else
+    std::printf("gemm_bf16: passed\n");
   return failures ? 1 : 0;
 }

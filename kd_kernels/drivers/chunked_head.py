@@ -59,7 +59,7 @@ class Problem:
 @dataclass
 class Outcome:
     terms: Tensor  # [N, 4] float64; zeros at tokens that do not count
-    statistics: Tensor  # [N, 8] float64
+    statistics: Tensor  # [N, 10] float64
     gradients: list[Optional[Tensor]]  # student values, weight, bias, teacher values, weight, bias,
     factor: Tensor  # 0-d float64: to be multiplied by this
 
@@ -70,7 +70,7 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     Args:
         problem: the call.
         phases: see :mod:`kd_kernels.rows`; without GRADIENT no gradient is computed or allocated.
-        statistics: ``[N, 8]`` of an earlier call, when its phases are left out now.
+        statistics: ``[N, 10]`` of an earlier call, when its phases are left out now.
     """
     device = problem.student.values.device
     _, kernel = pick("row_divergence", device, problem.backend)

@@ -170,7 +170,7 @@ def row_divergence(
         deferred: leave gradients to the backward pass.
 
     Returns:
-        loss (0-d or ``[N]``), terms ``[N, 4]``, statistics ``[N, 8]``, factor (0-d), and the six
+        loss (0-d or ``[N]``), terms ``[N, 4]``, statistics ``[N, 10]``, factor (0-d), and the six
         gradients, unscaled (empty where not wanted or deferred).
     """
     values = locals()

@@ -163,6 +163,8 @@ def row_divergence(job: R.RowJob, phases: int) -> None:
     if phases & R.TERMS:
         stats[:, R.SUM_STUDENT] = student.sum(-1)
         stats[:, R.SUM_TEACHER] = teacher.sum(-1)
+        stats[:, R.MASS_STUDENT] = point.q.sum(-1)
+        stats[:, R.MASS_TEACHER] = point.p.sum(-1)
         job.terms[:, R.SOFT] = term.sum(-1)
         if job.labels is not None:
             job.terms[:, R.HARD] = stats[:, R.LOGZ_HARD] - (stats[:, R.LABEL_LOGIT] - stats[:, R.MAX_STUDENT])
@@ -175,7 +177,7 @@ def row_divergence(job: R.RowJob, phases: int) -> None:
     soft, hard = job.soft_weight.to(dtype)[:, None], job.hard_weight.to(dtype)[:, None]
     dead = (soft == 0) & (hard == 0)
     if job.student.grad is not None:
-        g = soft / t_s[:, None] * (student - point.q * stats[:, R.SUM_STUDENT, None].to(dtype))
+        g = soft / t_s[:, None] * (student - point.q * _mean(stats, R.SUM_STUDENT, R.MASS_STUDENT, dtype))
         if job.labels is not None:
             hit = torch.arange(vocab, device=z_s.device) == job.labels[:, None]
             q_hard = (z_s - (stats[:, R.MAX_STUDENT] + stats[:, R.LOGZ_HARD])[:, None].to(dtype)).exp()
@@ -183,8 +185,12 @@ def row_divergence(job: R.RowJob, phases: int) -> None:
             g = g + hard * torch.where(bad_label, torch.nan, q_hard - hit.to(dtype))
         _store(job.student, g, z_s, dead)
     if job.teacher.grad is not None:
-        g = soft / t_t[:, None] * (teacher - point.p * stats[:, R.SUM_TEACHER, None].to(dtype))
+        g = soft / t_t[:, None] * (teacher - point.p * _mean(stats, R.SUM_TEACHER, R.MASS_TEACHER, dtype))
         _store(job.teacher, g, z_t, dead)
+
+
+def _mean(stats: Tensor, total: int, mass: int, dtype: torch.dtype) -> Tensor:
+    return (stats[:, total, None] / stats[:, mass, None]).to(dtype)
 
 
 def _store(side: R.Rows, g: Tensor, z: Tensor, dead: Tensor) -> None:
