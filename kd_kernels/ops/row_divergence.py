@@ -31,6 +31,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 _DIFFERENTIABLE = 6  # the first six
 _SOFT, _HARD = 4, 5  # in ``scalars``
+_SLAB = 4 << 20  # elements: few enough pieces, each wakes the threads twice
 
 
 def _check_values(problem: Problem, call: dict) -> None:
@@ -243,12 +244,16 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     if gradient.dtype == dtype:
         return torch.mul(gradient, scale.to(gradient.device), out=out)
+    # In slabs through one small buffer: the wide product of all of it would be that third copy.
+    source, target = gradient.reshape(-1), out.view(-1)
     wide = torch.promote_types(gradient.dtype, dtype)
-    source, target, scale = gradient.reshape(-1), out.view(-1), scale.to(gradient.device, wide)
-    step = 1 << 20  # in slabs, so that the wide product stays in cache
-    for start in range(0, source.numel(), step):
-        part = slice(start, start + step)
-        target[part] = source[part].to(wide) * scale
+    buffer = torch.empty(min(_SLAB, source.numel()), dtype=wide, device=gradient.device)
+    scale = scale.to(gradient.device, wide)
+    for start in range(0, source.numel(), _SLAB):
+        part = slice(start, start + _SLAB)
+        product = buffer[: source[part].numel()]
+        torch.mul(source[part], scale, out=product)
+        target[part] = product
     return out
 
 
