@@ -49,6 +49,11 @@ class Problem:
     def tokens(self) -> int:
         return self.student.values.shape[:-1].numel()
 
+    @property
+    def vocabulary_major(self) -> bool:
+        """Both models project: the chunk's layout is ours to choose. Logits that exist are rows."""
+        return self.student.is_head and self.teacher.is_head
+
     def per_token(self, value: Tensor) -> Tensor:
         """``value`` for each token that counts, ``[n]`` float64."""
         value = value.to(device=self.student.values.device, dtype=torch.float64)
@@ -94,7 +99,8 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
 
     itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
     chunk = chunk_rows(n, problem.vocab, itemsizes, problem.workspace_bytes)
-    room = footprint([chunk * problem.vocab * size for size in itemsizes])
+    shape = (problem.vocab, chunk) if problem.vocabulary_major else (chunk, problem.vocab)
+    room = sum(footprint(*shape, size) for size in itemsizes)
     for start in range(0, n, chunk):
         stop = min(n, start + chunk)
         part = slice(start, stop)
@@ -131,9 +137,13 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
 def _side(problem: Problem, model: Model) -> Union[HeadSide, LogitsSide]:
     if not model.is_head:
         return LogitsSide(model, problem.vocab, problem.rows)
-    both_heads = problem.student.is_head and problem.teacher.is_head
     return HeadSide(
-        model, problem.vocab, problem.rows, problem.compute_dtype, problem.logits_dtype, both_heads
+        model,
+        problem.vocab,
+        problem.rows,
+        problem.compute_dtype,
+        problem.logits_dtype,
+        problem.vocabulary_major,
     )
 
 

@@ -103,18 +103,20 @@ class HeadSide:
         """GEMM one chunk's logits into the workspace."""
         x, c = self.hidden[start:stop], stop - start
         shape = (self.vocab, c) if self.vocabulary_major else (c, self.vocab)
-        logits = workspace.take(shape, self.logits_dtype)
+        logits = workspace.take(*shape, self.logits_dtype)
         if self.bias is not None:
             logits.copy_(self.bias[:, None] if self.vocabulary_major else self.bias)
         a, b = (self.weight, x.t()) if self.vocabulary_major else (x, self.weight.t())
         matmul(a, b, logits, accumulate=self.bias is not None)
         grad = None
         if self.wants_gradient:
-            grad = logits if self.gradient_in_place else workspace.take(shape, self.hidden.dtype)
-        offsets = None
+            grad = logits if self.gradient_in_place else workspace.take(*shape, self.hidden.dtype)
+        rows = Rows(logits, None, temperature, self.model.scale, self.model.softcap, grad)
         if not self.vocabulary_major:
-            offsets = torch.arange(c, device=x.device) * self.vocab
-        return Rows(logits, offsets, temperature, self.model.scale, self.model.softcap, grad, offsets)
+            token = torch.arange(c, device=x.device)
+            rows.offsets = token * logits.stride(0)
+            rows.grad_offsets = None if grad is None else token * grad.stride(0)
+        return rows
 
     def carry(self, start: int, stop: int, rows: Rows) -> None:
         """GEMM one chunk's logit gradient on to the hidden states and the weight."""

@@ -7,7 +7,6 @@ buffer is taken out of the store while it is in use.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64  # bytes: a cache line, an AVX-512 register
+_LINE = 64  # bytes: a cache line, an AVX-512 register
 
 _store = threading.local()
 
@@ -28,21 +27,27 @@ class Workspace:
         self._buffer = buffer
         self._used = 0
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor; the caller has counted it with :func:`footprint`."""
-        size = math.prod(shape) * dtype.itemsize
-        part = self._buffer[self._used : self._used + size]
-        self._used += _padded(size)
-        return part.view(dtype).view(shape)
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised ``[rows, columns]`` with unit stride along columns; the caller has counted
+        it with :func:`footprint`."""
+        size, stride = footprint(rows, columns, dtype.itemsize), row_bytes(columns, dtype.itemsize)
+        part = self._buffer[self._used : self._used + size].view(dtype)
+        self._used += size
+        return part.view(rows, stride // dtype.itemsize)[:, :columns]
 
 
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def row_bytes(columns: int, itemsize: int) -> int:
+    """Bytes from one row to the next: an odd number of cache lines.
+
+    The row kernel walks down the rows. At a stride of 4096 bytes every row would fall on the same few
+    sets of the cache, which then holds eight of them: measured, rows took 1.3 times as long.
+    """
+    return (-(-columns * itemsize // _LINE) | 1) * _LINE
 
 
-def footprint(sizes: list[int]) -> int:
-    """Bytes that tensors of these sizes (in bytes) take in a workspace."""
-    return sum(_padded(size) for size in sizes)
+def footprint(rows: int, columns: int, itemsize: int) -> int:
+    """Bytes that a ``[rows, columns]`` tensor takes in a workspace."""
+    return rows * row_bytes(columns, itemsize)
 
 
 @contextmanager
