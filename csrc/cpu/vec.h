@@ -210,22 +210,41 @@ KD_INLINE Vec<T> phi_series(Vec<T> x) {
   return x * x * phi_quotient(x);
 }
 
-// x = n log(2) + r. e^x = scale (1 + r + square quotient); scale is 0 where e^x would leave the normal numbers.
+// The nearest integer, and 2^n for an integer n in the range of normal numbers.
+#if defined(__AVX512F__)
+KD_INLINE Vec<float> nearest(Vec<float> x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT)}; }
+KD_INLINE Vec<double> nearest(Vec<double> x) { return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT)}; }
+KD_INLINE Vec<float> times_power_of_two(Vec<float> x, Vec<float> n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+KD_INLINE Vec<double> times_power_of_two(Vec<double> x, Vec<double> n) { return {_mm512_scalef_pd(x.v, n.v)}; }
+#else
+template <class T>
+KD_INLINE Vec<T> nearest(Vec<T> x) {
+  const Vec<T> round(Traits<T>::kRound);
+  return (x + round) - round;
+}
+
+template <class T>
+KD_INLINE Vec<T> times_power_of_two(Vec<T> x, Vec<T> n) {
+  const Vec<T> shifted = n + Vec<T>(Traits<T>::kRound);
+  return x * from_bits<T>((to_bits(shifted) + Traits<T>::kExponentBias) << Traits<T>::kMantissaBits);
+}
+#endif
+
+// x = n log(2) + r; e^x = 2^n (1 + r + square quotient). Below the lowest exponent e^x is 0, not a subnormal.
 template <class T>
 struct ReducedExp {
-  Vec<T> bounded, scale, r, square, quotient;
+  Mask<T> vanishes;
+  Vec<T> bounded, n, r, square, quotient;
 
   KD_INLINE explicit ReducedExp(Vec<T> x) {
     using Constants = Traits<T>;
     const Vec<T> lowest(Constants::kLowestExponent);
+    vanishes = x < lowest;
     bounded = max_or_second(lowest, x);  // NaN stays
-    const Vec<T> shifted = fma(bounded, Vec<T>(1.4426950408889634), Vec<T>(Constants::kRound));
-    const Vec<T> n = shifted - Vec<T>(Constants::kRound);
+    n = nearest(bounded * Vec<T>(1.4426950408889634));
     r = fma(n, Vec<T>(-Constants::kLn2Low), fma(n, Vec<T>(-Constants::kLn2High), bounded));
     square = r * r;
     quotient = phi_quotient(r);
-    const Vec<T> power = from_bits<T>((to_bits(shifted) + Constants::kExponentBias) << Constants::kMantissaBits);
-    scale = select(x < lowest, Vec<T>(0.0), power);
   }
 };
 
@@ -233,16 +252,18 @@ struct ReducedExp {
 template <class T>
 KD_INLINE Vec<T> exp(Vec<T> x) {
   const ReducedExp<T> e(x);
-  return fma(e.scale, fma(e.square, e.quotient, e.r), e.scale);
+  const Vec<T> rest = fma(e.square, e.quotient, e.r);
+  return select(e.vanishes, Vec<T>(0.0), times_power_of_two(rest + Vec<T>(1.0), e.n));
 }
 
 template <class T>
 KD_INLINE ExpParts<Vec<T>> exp_parts(Vec<T> x) {
   const ReducedExp<T> e(x);
-  const Vec<T> rest = fma(e.square, e.quotient, e.r), minus_one = e.scale - Vec<T>(1.0);
-  return {fma(e.scale, rest, e.scale), fma(e.scale, rest, minus_one),
+  const Vec<T> scale = select(e.vanishes, Vec<T>(0.0), times_power_of_two(Vec<T>(1.0), e.n));
+  const Vec<T> rest = fma(e.square, e.quotient, e.r), minus_one = scale - Vec<T>(1.0);
+  return {fma(scale, rest, scale), fma(scale, rest, minus_one),
           // r == x where n == 0, so that only the last summand of e^r is left there.
-          fma(e.scale, e.square * e.quotient, fma(e.scale, e.r, minus_one - x)), e.bounded};
+          fma(scale, e.square * e.quotient, fma(scale, e.r, minus_one - x)), e.bounded};
 }
 
 // With w = 2^n (1 + f), s = f / (2 + f): log(1 + f) = 2 atanh(s) and f - log(1 + f) = f s - 2 s^3 (1/3 + s^2/5 + ...).
