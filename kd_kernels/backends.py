@@ -6,6 +6,8 @@ serves the call or raises with its reasons: nothing falls back silently.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Optional
 
@@ -46,6 +48,18 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
 }
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _warn_slow(refused: list[str]) -> None:
+    _warn_once(
+        f"kd_kernels runs on its plain-torch reference, which is slow, because: {refused[0]}. "
+        f'backend="reference" silences this.'
+    )
+
+
 def pick(op: str, device: torch.device, backend: Optional[str]) -> tuple[str, RowKernel]:
     """(name, kernel) of the backend that serves ``op`` on ``device``.
 
@@ -61,6 +75,8 @@ def pick(op: str, device: torch.device, backend: Optional[str]) -> tuple[str, Ro
         kernel, objections = offers[name]
         reasons = objections(device)
         if not reasons and kernel is not None:
+            if name == "reference" and backend is None and device.type == "cpu":
+                _warn_slow(refused)
             return name, kernel
         refused.append(f"{name}: {'; '.join(reasons)}")
     raise BackendUnavailable(f"{op} on {device}: " + " | ".join(refused))

@@ -88,8 +88,8 @@ def distill(
             common prefix before any normaliser.
         teacher_grad: also compute the teacher's gradients.
         compact: drop tokens that do not count before any projection. On CUDA that takes one host
-            synchronisation; False keeps every row and never synchronises. Same result; CPU tensors
-            are always compacted.
+            synchronisation; False keeps every row, silences those that do not count, and never
+            synchronises. Same result.
         return_parts: also return :class:`Parts`.
         backend: name of a backend, or None for the first that serves the call.
         logits_dtype: None keeps logits of a head in float32 (float64 for float64); the input's own

@@ -16,14 +16,20 @@ from kd_kernels.rows import RowJob, Rows
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+_ABI_VERSION = 2  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_REBUILD = "run `pip install .` in the source tree with a C++ compiler"
+
+
 @functools.cache
 def _load() -> tuple[Optional[ModuleType], Optional[str]]:
     try:
         from kd_kernels import _native
     except ImportError as error:
+        return None, f"the compiled part kd_kernels._native cannot be loaded ({error}); {_REBUILD}"
+    if _native.abi_version != _ABI_VERSION:
         return None, (
-            f"the compiled part kd_kernels._native cannot be loaded ({error}); "
-            f"run `pip install .` in the source tree with a C++ compiler"
+            f"the compiled part {_native.__file__} has version {_native.abi_version} of the kernel "
+            f"contract, this Python code {_ABI_VERSION}; {_REBUILD}"
         )
     return _native, None
 

@@ -178,7 +178,8 @@ def test_bad_rows_are_nan_and_alone(objective, layout, poison, side, backend):
 
 @pytest.mark.parametrize("kinds", [("head", "head"), ("head", "logits"), ("logits", "logits")], ids="x".join)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nan_in_an_ignored_row_goes_nowhere(kinds, reduction, backend):
+@pytest.mark.parametrize("compact", [True, False], ids=["dropped", "silenced"])
+def test_nan_in_an_ignored_row_goes_nowhere(kinds, reduction, compact, backend):
     batch = Batch()
     ignored = batch.labels == -100
 
@@ -194,7 +195,7 @@ def test_nan_in_an_ignored_row_goes_nowhere(kinds, reduction, backend):
             temperature[ignored] = NAN
         loss = kd.distill(
             *sources, kd.JensenShannon(), labels=batch.labels, hard_weight=0.5, token_weight=weight,
-            temperature=temperature, reduction=reduction, teacher_grad=True, backend=backend,
+            temperature=temperature, reduction=reduction, teacher_grad=True, backend=backend, compact=compact,
         )  # fmt: skip
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves(*sources))]
 

@@ -29,6 +29,22 @@ def test_native_part_links_one_openmp_and_no_torch():
     assert "torch" not in listed and "c10" not in listed
 
 
+def test_without_the_native_part(monkeypatch):
+    """Unnamed: the reference serves, and says once that it is slow and why. Named: an error."""
+    import torch
+
+    import kd_kernels as kd
+    from kd_kernels import backends, native
+
+    monkeypatch.setattr(native, "_load", lambda: (None, "not here"))
+    backends._warn_once.cache_clear()
+    logits = torch.randn(2, 3, 5)
+    with pytest.warns(RuntimeWarning, match="plain-torch reference, which is slow.*not here"):
+        kd.distill(*logits, kd.ForwardKL())
+    with pytest.raises(kd.BackendUnavailable, match="cpu: not here"):
+        kd.distill(*logits, kd.ForwardKL(), backend="cpu")
+
+
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_other_instruction_sets_agree(isa):
     """The same call under a lowered instruction set, in a fresh process."""

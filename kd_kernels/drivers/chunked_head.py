@@ -34,7 +34,8 @@ class Problem:
     soft_weight: Tensor
     hard_weight: Optional[Tensor]  # None: no cross-entropy
     labels: Optional[Tensor]  # [N]
-    rows: Optional[Tensor]  # [n] int64: the tokens that count; None: all N
+    rows: Optional[Tensor]  # [n] int64: the tokens that count, the others are dropped; None: keep all N
+    kept: Optional[Tensor]  # [N] bool: the tokens that count, the others are silenced; None: all do
     entropies: bool
     compute_dtype: Optional[torch.dtype]  # autocast; None: each model's own
     logits_dtype: Optional[torch.dtype]
@@ -54,15 +55,27 @@ class Problem:
         """Both models project: the chunk's layout is ours to choose. Logits that exist are rows."""
         return self.student.is_head and self.teacher.is_head
 
-    def per_token(self, value: Tensor) -> Tensor:
-        """``value`` for each token that counts, ``[n]`` float64."""
+    def per_token(self, value: Tensor, silenced: float = 0.0) -> Tensor:
+        """``value`` for each token that is walked, ``[n]`` float64; ``silenced`` at silenced ones."""
         value = value.to(device=self.student.values.device, dtype=torch.float64)
         value = value.reshape(-1).expand(self.tokens)
+        if self.kept is not None:
+            value = torch.where(self.kept, value, silenced)
         return (value if self.rows is None else value[self.rows]).contiguous()
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[n, k]`` of the walked tokens to ``[N, k]`` of all, zeros at those that do not count."""
+        if self.kept is not None:
+            return torch.where(self.kept[:, None], values, 0.0)
+        if self.rows is None:
+            return values
+        full = values.new_zeros(self.tokens, values.shape[1])
+        return full.index_copy_(0, self.rows, values)
 
 
 @dataclass
 class Outcome:
+    loss: Tensor  # [N] float64: soft_weight * divergence + hard_weight * cross-entropy
     terms: Tensor  # [N, 4] float64; zeros at tokens that do not count
     statistics: Tensor  # [N, 10] float64
     gradients: list[Optional[Tensor]]  # student values, weight, bias, teacher values, weight, bias,
@@ -85,7 +98,7 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     soft = problem.per_token(problem.soft_weight)
     hard = torch.zeros_like(soft) if problem.hard_weight is None else problem.per_token(problem.hard_weight)
     factor = _common_factor(soft, hard, student, teacher)
-    t_s, t_t = problem.per_token(problem.student.temperature), problem.per_token(problem.teacher.temperature)
+    t_s, t_t = (problem.per_token(m.temperature, 1.0) for m in (problem.student, problem.teacher))
     p0, p1 = problem.per_token(problem.parameter0), problem.per_token(problem.parameter1)
     labels = problem.labels
     if labels is not None and problem.rows is not None:
@@ -126,9 +139,12 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
             if phases & R.GRADIENT:
                 student.carry(start, stop, s)
                 teacher.carry(start, stop, t)
+    # A weight of 0 silences its term, as it does in the gradient, also where that is infinite.
+    weighted = [torch.where(w == 0, 0.0, w * terms[:, i]) for w, i in ((soft, R.SOFT), (hard, R.HARD))]
     return Outcome(
-        _spread(terms, problem),
-        _spread(stats, problem),
+        problem.spread(sum(weighted)[:, None])[:, 0],
+        problem.spread(terms),
+        problem.spread(stats),
         student.gradients() + teacher.gradients(),
         factor,
     )
@@ -141,6 +157,7 @@ def _side(problem: Problem, model: Model) -> Union[HeadSide, LogitsSide]:
         model,
         problem.vocab,
         problem.rows,
+        problem.kept,
         problem.compute_dtype,
         problem.logits_dtype,
         problem.vocabulary_major,
@@ -160,14 +177,6 @@ def _common_factor(soft: Tensor, hard: Tensor, *sides: Union[HeadSide, LogitsSid
     top = torch.maximum(soft.abs().amax(), hard.abs().amax())
     power = torch.exp2(torch.floor(torch.log2(top)))
     return torch.where(torch.isfinite(power) & (power > 0), power, one)
-
-
-def _spread(values: Tensor, problem: Problem) -> Tensor:
-    """``[n, k]`` of the tokens that count to ``[N, k]`` of all, zeros between."""
-    if problem.rows is None:
-        return values
-    full = values.new_zeros(problem.tokens, values.shape[1])
-    return full.index_copy_(0, problem.rows, values)
 
 
 def chunk_rows(n: int, vocab: int, itemsizes: list[int], workspace_bytes: Optional[int]) -> int:

@@ -52,6 +52,7 @@ class HeadSide:
         model: Model,
         vocab: int,
         rows: Optional[Tensor],
+        kept: Optional[Tensor],
         compute_dtype: Optional[torch.dtype],
         logits_dtype: Optional[torch.dtype],
         vocabulary_major: bool,
@@ -66,6 +67,8 @@ class HeadSide:
             raise ValueError(f"logits_dtype must be {dtype} or {self.wide} here, got {self.logits_dtype}")
         hidden = model.values.reshape(-1, model.values.shape[-1])
         self.tokens = hidden.shape[0]
+        if kept is not None:  # d weight would meet what a silenced row holds, NaN included
+            hidden = torch.where(kept[:, None], hidden, 0.0)
         self.hidden = (hidden if rows is None else hidden.index_select(0, rows)).to(dtype)
         self.weight = model.weight[:vocab].to(dtype)
         self.bias = None if model.bias is None else model.bias[:vocab].to(self.logits_dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
-from kd_kernels.drivers.chunked_head import Outcome, Problem, walk
+from kd_kernels.drivers.chunked_head import Problem, walk
 from kd_kernels.drivers.sides import Model, accumulate_dtype
 from kd_kernels.objectives import CATALOGUE
 
@@ -38,9 +38,15 @@ def _check_values(problem: Problem, call: dict) -> None:
     """Value checks, on CPU only: on an accelerator each would wait for the device."""
     if problem.student.values.device.type != "cpu" or problem.tokens == 0:
         return
+
+    def counted(value: Tensor) -> Tensor:  # [N] or 0-d -> the tokens that count
+        value = value.reshape(-1).expand(problem.tokens)
+        index = problem.rows if problem.kept is None else problem.kept
+        return value if index is None else value[index]
+
     for name in ("temperature", "teacher_temperature"):
         model = problem.student if name == "temperature" else problem.teacher
-        values = problem.per_token(model.temperature)
+        values = counted(model.temperature)
         wrong = values[~((values > 0) & torch.isfinite(values))]
         if wrong.numel():
             raise ValueError(f"{name} must be finite and > 0, got {wrong[0].item()}")
@@ -52,11 +58,11 @@ def _check_values(problem: Problem, call: dict) -> None:
         ("objective's first parameter", problem.parameter0),
         ("objective's second parameter", problem.parameter1),
     ):
-        if value is not None and not bool(torch.isfinite(problem.per_token(value)).all()):
+        if value is not None and not bool(torch.isfinite(counted(value)).all()):
             raise ValueError(f"{name} holds NaN or infinity")
     CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
     if problem.labels is not None:
-        labels = problem.labels if problem.rows is None else problem.labels[problem.rows]
+        labels = counted(problem.labels)
         size = problem.student.vocab_size if problem.hard_weight is None else problem.vocab
         wrong = labels[(labels < 0) | (labels >= size)]
         if wrong.numel():
@@ -90,10 +96,10 @@ def _unpack(call: dict) -> Problem:
         )
         for i, side in enumerate(("student", "teacher"))
     ]
-    rows, valid = None, call["valid"]
-    if valid is not None:
-        rows = valid.reshape(-1).nonzero().squeeze(1)
-        rows = None if rows.numel() == valid.numel() else rows
+    rows, kept = None, call["valid"]
+    if kept is not None and call["compact"]:
+        rows = kept.nonzero().squeeze(1)
+        rows, kept = (None if rows.numel() == kept.numel() else rows), None
     labels = call["labels"]
     weight = call["token_weight"]
     soft = scalars[_SOFT] * (torch.ones((), dtype=torch.float64) if weight is None else weight)
@@ -111,6 +117,7 @@ def _unpack(call: dict) -> Problem:
         hard_weight=hard,
         labels=None if labels is None else labels.reshape(-1),
         rows=rows,
+        kept=kept,
         entropies=call["parts"],
         compute_dtype=call["compute_dtype"],
         logits_dtype=call["logits_dtype"],
@@ -181,33 +188,15 @@ def row_divergence(
     now = any(needs) and not deferred
     phases = R.STATISTICS | R.TERMS | (R.GRADIENT if now else 0)
     outcome = walk(problem if now else _without_gradients(problem), phases)
-    loss = _weighted(problem, outcome)
     dtype = _result_dtype(student, teacher)
     gradients = [student.new_empty(0) if g is None else g for g in outcome.gradients]
     return (
-        (loss if per_token else loss.sum()).to(dtype),
+        (outcome.loss if per_token else outcome.loss.sum()).to(dtype),
         outcome.terms.to(dtype),
         outcome.statistics,
         outcome.factor,
         *gradients,
     )
-
-
-def _weighted(problem: Problem, outcome: Outcome) -> Tensor:
-    """soft_weight * divergence + hard_weight * cross-entropy, ``[N]``; 0 at tokens that do not count."""
-
-    def weigh(weight: Tensor, column: int) -> Tensor:
-        term = outcome.terms[:, column]
-        return weight.to(device=term.device, dtype=term.dtype).reshape(-1) * term
-
-    loss = weigh(problem.soft_weight, R.SOFT)
-    if problem.hard_weight is not None:
-        loss = loss + weigh(problem.hard_weight, R.HARD)
-    if problem.rows is None:
-        return loss
-    counts = torch.zeros(problem.tokens, dtype=torch.bool, device=loss.device)
-    counts[problem.rows] = True
-    return torch.where(counts, loss, 0.0)  # a weight of NaN at an ignored token goes nowhere
 
 
 @row_divergence.register_fake
