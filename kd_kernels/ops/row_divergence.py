@@ -10,9 +10,8 @@ Scalars that a schedule may change are 0-d tensors: a Python float argument woul
 compiled graph, and every new value a recompilation.
 """
 
-from __future__ import annotations
-
-from typing import Optional
+# Schemas are read from the annotations: no postponed ones, and typing's own generics, for torch 2.6.
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -158,11 +157,11 @@ def row_divergence(
     backend: Optional[str],
     workspace_bytes: Optional[int],
     compact: bool,
-    needs: list[bool],
+    needs: List[bool],
     parts: bool,
     per_token: bool,
     deferred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weighted divergence (+ cross-entropy) over tokens.
 
     Args:
@@ -276,11 +275,11 @@ def row_divergence_backward(
     backend: Optional[str],
     workspace_bytes: Optional[int],
     compact: bool,
-    needs: list[bool],
+    needs: List[bool],
     parts: bool,
     per_token: bool,
     deferred: bool,
-) -> list[Tensor]:
+) -> List[Tensor]:
     """Gradients of the wanted inputs (in order, the others left out) for an upstream gradient that is
     0-d or ``[N]``, recomputing the logits and reusing ``statistics``."""
     values = locals()
