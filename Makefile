@@ -12,7 +12,7 @@ export TORCH
 
 demo:
 	$(PYTHON) scripts/make_env.py $(VENV) demo
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: lint native-test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

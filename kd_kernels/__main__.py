@@ -16,7 +16,7 @@ from kd_kernels.version import __version__
 
 _ROUTES = {
     "native": "own AVX512_BF16 kernel",
-    "mkl": "MKL, out of torch's library",
+    "mkl": "MKL's mixed product, from the library that torch brings",
     "upcast": "cast up, float32 product",
 }
 
@@ -33,8 +33,8 @@ def info() -> None:
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-        print(f"\n{device} {name}")
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        print(f"\n{device} ({name})")
         for op, offers in TABLE.items():
             for backend, (_, objections) in offers.items():
                 reasons = objections(device)

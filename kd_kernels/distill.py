@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kd_kernels import rows as R
 from kd_kernels.backends import BackendUnavailable
@@ -105,11 +106,13 @@ def distill(
         ValueError, TypeError: an argument that does not fit; the message names it and what would do.
         BackendUnavailable: the named backend cannot serve the call.
 
-    Double backward is not implemented and raises. ``torch.func`` transforms are refused.
+    Inference-mode tensors are taken; they carry no version counter, so do not change one before the
+    backward pass. Double backward is not implemented and raises. ``torch.func`` transforms are refused.
     """
     student, teacher = as_source("student", student), as_source("teacher", teacher)
-    _refuse_transforms()
+    _refuse_transforms(*student.tensors(), *teacher.tensors())
     _check_options(objective, reduction, num_items, vocab)
+    _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes)
     lead, device = student.leading_shape, student.tensors()[0].device
     _check_sources(student, teacher, vocab)
     if not teacher_grad:
@@ -133,6 +136,9 @@ def distill(
     deferred = any(needs) and (per_token or not isinstance(student, Head) and not isinstance(teacher, Head))
     if deferred:
         tensors = tuple(_saveable(x) for x in tensors)
+        valid, labels, weight, t_s, t_t, p0, p1 = (
+            _saveable(x) for x in (valid, labels, weight, t_s, t_t, p0, p1)
+        )
     loss, terms, *_ = row_divergence(
         *tensors,
         valid,
@@ -180,6 +186,8 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """
     if labels.dim() < 1:
         raise ValueError("labels must be [..., T], got a 0-d tensor")
+    if labels.dtype.is_floating_point or not torch.iinfo(labels.dtype).min <= ignore_index:
+        raise TypeError(f"labels must be integers that can hold {ignore_index}, got {labels.dtype}")
     shifted = torch.full_like(labels, ignore_index)
     shifted[..., :-1] = labels[..., 1:]
     return shifted
@@ -210,7 +218,7 @@ class DistillationLoss(torch.nn.Module):
 # --- checks -------------------------------------------------------------------------------------------
 
 
-def _refuse_transforms() -> None:
+def _refuse_transforms(*tensors: Optional[Tensor]) -> None:
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -218,6 +226,8 @@ def _refuse_transforms() -> None:
             "kd_kernels.distill does not work under torch.func transforms (grad, vmap, jvp, ...): its "
             "gradient is computed by kernels; call it outside, and use loss.backward()"
         )
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise TypeError("kd_kernels.distill has no forward-mode derivative; use loss.backward()")
 
 
 def _check_options(objective: Objective, reduction: str, num_items: Optional[Scalar], vocab: str) -> None:
@@ -232,10 +242,32 @@ def _check_options(objective: Objective, reduction: str, num_items: Optional[Sca
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items must be a number or a 0-d tensor, got {tuple(num_items.shape)}")
+        if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and not num_items > 0:
+            raise ValueError(f"num_items must be > 0, got {num_items.item()}")
     elif num_items is not None and not num_items > 0:
         raise ValueError(f"num_items must be > 0, got {num_items}")
     if vocab not in ("error", "truncate"):
         raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
+
+
+def _check_types(
+    soft_weight: float,
+    hard_weight: float,
+    ignore_index: int,
+    backend: Optional[str],
+    workspace_bytes: Optional[int],
+) -> None:
+    for name, weight in (("soft_weight", soft_weight), ("hard_weight", hard_weight)):
+        if not isinstance(weight, (int, float)) and not isinstance(weight, numbers.Real):
+            raise TypeError(
+                f"{name} must be a number, got {type(weight).__name__}; weights per token go in token_weight"
+            )
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {backend!r}")
+    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
 
 
 def _check_sources(student: Source, teacher: Source, vocab: str) -> None:
@@ -280,11 +312,13 @@ def _valid_tokens(
         _check_per_token("labels", labels, lead, device)
         if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"labels must be integers, got {labels.dtype}")
-        valid = labels != ignore_index
+        valid = labels.to(torch.int64) != ignore_index  # -100 as uint8 would be the label 156
     if mask is not None:
         _check_per_token("mask", mask, lead, device)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool()")
+            raise TypeError(
+                f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool(), or token_weight for weights"
+            )
         valid = mask if valid is None else valid & mask
     return None if valid is None else valid.reshape(-1)
 

@@ -53,12 +53,17 @@ def _widening_cpu(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     if way == "upcast" or min(a.shape + b.shape) == 0:
         _upcast(a, b, out, accumulate)
         return
-    a, b = _one_unit_stride(a), _one_unit_stride(b)
+    a, b = as_matrix(a), as_matrix(b)
     (native.gemm_bf16 if way == "native" else native.mkl_gemm)(a, b, out, accumulate)
 
 
-def _one_unit_stride(x: Tensor) -> Tensor:
-    return x if 1 in x.stride() else x.contiguous()
+def as_matrix(x: Tensor) -> Tensor:
+    """``x`` itself where a BLAS can describe it: one unit stride, the other at least as long as a row
+    or column (an expanded or overlapping matrix is not); else a copy."""
+    rows, columns = x.stride()
+    if (columns == 1 and rows >= x.shape[1]) or (rows == 1 and columns >= x.shape[0]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _upcast(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:

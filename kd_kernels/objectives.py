@@ -8,6 +8,7 @@ class carries its parameters, its formula and where the formula comes from; the 
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import ClassVar, Union
 
@@ -35,7 +36,10 @@ class Objective:
     def __post_init__(self) -> None:
         # A comparison would make the number a constant of a compiled graph; the op checks again.
         if not torch.compiler.is_compiling():
-            self.check(self.parameters()[0])
+            first = self.parameters()[0]
+            if self.name != "weighted_kl" and not isinstance(first, numbers.Real):
+                raise TypeError(f"{type(self).__name__} takes a number, got {type(first).__name__}")
+            self.check(first)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,10 @@ def _check_floating(owner: str, name: str, tensor: object) -> None:
         )
 
 
-def _check_softcap(owner: str, softcap: Optional[float]) -> None:
+def _check_shaping(owner: str, scale: float, softcap: Optional[float]) -> None:
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{owner}: {name} must be a number, got a tensor; use {name}.item()")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{owner}: softcap must be > 0, or None for no softcap, got {softcap}")
 
@@ -55,6 +58,8 @@ class Head:
         _check_floating("Head", "weight", self.weight)
         if self.hidden.dim() < 1:
             raise ValueError("Head: hidden must be [..., D], got a 0-d tensor")
+        if self.hidden.shape[-1] == 0:
+            raise ValueError("Head: hidden has no features; it must be [..., D] with D > 0")
         if self.weight.dim() != 2:
             raise ValueError(f"Head: weight must be [V, D], got shape {tuple(self.weight.shape)}")
         if self.hidden.shape[-1] != self.weight.shape[1]:
@@ -70,7 +75,7 @@ class Head:
             _check_floating("Head", "bias", self.bias)
             if self.bias.shape != self.weight.shape[:1]:
                 raise ValueError(f"Head: bias must be [{self.weight.shape[0]}], got {tuple(self.bias.shape)}")
-        _check_softcap("Head", self.softcap)
+        _check_shaping("Head", self.scale, self.softcap)
 
     @property
     def vocab_size(self) -> int:
@@ -108,7 +113,7 @@ class Logits:
             raise ValueError("Logits: values must be [..., V], got a 0-d tensor")
         if self.values.shape[-1] == 0:
             raise ValueError("Logits: values has an empty vocabulary")
-        _check_softcap("Logits", self.softcap)
+        _check_shaping("Logits", self.scale, self.softcap)
 
     @property
     def vocab_size(self) -> int:

@@ -276,6 +276,37 @@ def test_float16_gradients_do_not_flush_to_zero():
             assert error(x, y) < 3e-3
 
 
+@pytest.mark.parametrize("temperature", [10.0, 100.0, 1000.0])
+def test_float16_gradients_at_high_temperature(temperature):
+    """1/T must not flush float16 logit gradients either: no loss scale comes before the forward pass."""
+    batch = Batch(lead=(64,), vocab=4001)
+    student, teacher = (batch.source(side, "head", torch.float16) for side in ("student", "teacher"))
+    exact_s, exact_t = widened(student, torch.float64), widened(teacher, torch.float64)
+    options = {"temperature": temperature, "temperature_squared": True}
+    ours = gradients(kd.distill(student, teacher, kd.ForwardKL(), **options), [student])
+    for x, y in zip(ours, gradients(dense_distill(exact_s, exact_t, kd.ForwardKL(), **options), [exact_s])):
+        assert error(x, y) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_expanded_and_overlapping_operands(dtype):
+    """A BLAS cannot describe them: they are copied, not read as if they were matrices."""
+    weight, teacher = torch.randn(40, 16).to(dtype), torch.randn(6, 40)
+    buffer = torch.randn(64).to(dtype)
+    for hidden, w in (
+        (torch.randn(1, 16).to(dtype).expand(6, 16), weight),
+        (torch.randn(6, 1).to(dtype).expand(6, 16), weight),
+        (torch.randn(6, 16).to(dtype), weight[:1].expand(40, 16)),
+        (torch.randn(6, 16).to(dtype), weight[:, :1].expand(40, 16)),
+        (buffer.as_strided((6, 16), (1, 1)), buffer.as_strided((40, 16), (1, 1))),
+    ):
+        ours = kd.distill(kd.Head(hidden, w), teacher, kd.ForwardKL())
+        exact = dense_distill(
+            kd.Head(hidden.double(), w.double()), kd.Logits(teacher.double()), kd.ForwardKL()
+        )
+        assert error(ours, exact) < 1e-5
+
+
 def test_threads_at_once():
     """Eight Python threads, each with its own batch, all right."""
     expected, results = [], [None] * 8

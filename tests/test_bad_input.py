@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import OBJECTIVES, Batch
+from cases import OBJECTIVES, Batch, error
 
 import kd_kernels as kd
+from kd_kernels.reference import dense_distill
 
 H, W, Z = torch.randn(3, 4), torch.randn(9, 4), torch.randn(3, 9)
 LABELS = torch.tensor([1, 2, 8])
@@ -36,6 +37,15 @@ CASES = {
     "hidden 0-d": (lambda: kd.Head(torch.tensor(1.0), W), ValueError, "0-d"),
     "empty weight": (lambda: kd.Head(H, W[:0]), ValueError, "no rows"),
     "bias shape": (lambda: kd.Head(H, W, torch.zeros(8)), ValueError, r"bias must be \[9\]"),
+    "no features": (lambda: kd.Head(H[:, :0], W[:, :0]), ValueError, "no features"),
+    "scale tensor": (lambda: kd.Head(H, W, scale=torch.tensor(1.0)), TypeError, "scale must be a number"),
+    "soft_weight tensor": (lambda: call(soft_weight=torch.ones(3)), TypeError, "soft_weight must be a number"),
+    "beta tensor": (lambda: kd.JensenShannon(torch.ones(3)), TypeError, "JensenShannon takes a number"),
+    "ignore_index": (lambda: call(labels=LABELS, ignore_index=None), TypeError, "ignore_index must be an int"),
+    "num_items tensor 0": (lambda: call(num_items=torch.tensor(0)), ValueError, "num_items must be > 0"),
+    "workspace type": (lambda: call(workspace_bytes=1e6), TypeError, "workspace_bytes must be an int"),
+    "backend type": (lambda: call(backend=3), TypeError, "backend must be a name"),
+    "uint8 next_token_labels": (lambda: kd.next_token_labels(LABELS.to(torch.uint8)), TypeError, "can hold -100"),
     "softcap 0": (lambda: kd.Head(H, W, softcap=0.0), ValueError, "softcap must be > 0"),
     "softcap < 0": (lambda: kd.Logits(Z, softcap=-1.0), ValueError, "softcap"),
     "empty vocabulary": (lambda: kd.Logits(torch.zeros(3, 0)), ValueError, "empty vocabulary"),
@@ -156,3 +166,40 @@ def test_next_token_labels():
     assert kd.next_token_labels(labels).tolist() == [[2, 3, -100], [5, 6, -100]]
     assert kd.next_token_labels(labels[:, :0]).shape == (2, 0)
     assert kd.next_token_labels(labels, ignore_index=-1)[0, -1] == -1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "column", "expanded"])
+def test_labels_of_any_integer_dtype_and_stride(dtype, layout, backend):
+    """The kernels receive an address: it must be that of contiguous int64."""
+    logits = torch.randn(2, 8, 200)
+    labels = torch.tensor([5, 0, 199, 3, 156, 1, 0, 7])
+    given = {
+        "contiguous": labels.to(dtype),
+        "column": torch.stack([labels, labels * 0 + 9], 1).to(dtype)[:, 0],
+        "expanded": labels[:1].to(dtype).expand(8),
+    }[layout]
+    ours = kd.distill(*logits, KL, labels=given, hard_weight=1.0, reduction="none", backend=backend)
+    exact = dense_distill(
+        *(kd.Logits(x.double()) for x in logits), KL, labels=given.long(), hard_weight=1.0, reduction="none"
+    )
+    assert error(ours, exact) < 1e-6
+
+
+def test_inference_mode_labels_and_masks():
+    logits = torch.randn(2, 6, 40)
+    with torch.inference_mode():
+        extra = {"mask": torch.ones(6, dtype=torch.bool), "labels": torch.arange(6)}
+        weight = torch.ones(6, dtype=torch.float64)
+    student = logits[0].clone().requires_grad_()
+    kd.distill(student, logits[1], KL, **extra, hard_weight=0.5, token_weight=weight).backward()
+    assert student.grad.abs().sum() > 0
+
+
+def test_forward_mode_is_refused():
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.randn(3, 9), torch.randn(3, 9))
+        with pytest.raises(TypeError, match="forward-mode"):
+            kd.distill(dual, Z, KL)

@@ -81,7 +81,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(objective, kind):
 def test_chunk_size_does_not_matter(objective, backend):
     batch = Batch(lead=(130,), vocab=101)
     results = []
-    for workspace in (101 * 8, 5_000, 30_000, 60_000, None):
+    for workspace in (101 * 8 + 128, 5_000, 30_000, 60_000, None):
         student, teacher = (batch.source(side, "head", torch.float32) for side in ("student", "teacher"))
         loss = kd.distill(student, teacher, objective, workspace_bytes=workspace, backend=backend)
         loss.backward()
@@ -171,7 +171,7 @@ def test_random_calls(
         objective,
         teacher_grad=True,
         compact=seed % 2 == 0,
-        workspace_bytes=workspace + vocab * 32,
+        workspace_bytes=workspace + vocab * 32 + 256,
         **options,
     )
     exact = dense_distill(*sources, objective, **options)

@@ -7,6 +7,7 @@ turns them into per-token terms and logit gradients, two more GEMMs carry those 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional, Union
 
@@ -19,6 +20,9 @@ from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
 from kd_kernels.drivers.workspace import borrow, footprint
 
 CPU_WORKSPACE = 256 << 20
+# Entries of a float16 gradient are stored this much larger: q - p reaches far below float16's 6e-8,
+# and q log(q / p) hardly above 1000, which still fits under its 65504.
+_FLOAT16_HEADROOM = 64
 _LANES = 32  # chunk widths are multiples of the row kernel's vector strip where the budget allows
 
 
@@ -97,8 +101,8 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
 
     soft = problem.per_token(problem.soft_weight)
     hard = torch.zeros_like(soft) if problem.hard_weight is None else problem.per_token(problem.hard_weight)
-    factor = _common_factor(soft, hard, student, teacher)
     t_s, t_t = (problem.per_token(m.temperature, 1.0) for m in (problem.student, problem.teacher))
+    factor = _common_factor(problem, soft, hard, t_s, t_t)
     p0, p1 = problem.per_token(problem.parameter0), problem.per_token(problem.parameter1)
     labels = problem.labels
     if labels is not None and problem.rows is not None:
@@ -111,13 +115,16 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
         stats = statistics if problem.rows is None else statistics[problem.rows]
 
     itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
-    chunk = chunk_rows(n, problem.vocab, itemsizes, problem.workspace_bytes)
-    shape = (problem.vocab, chunk) if problem.vocabulary_major else (chunk, problem.vocab)
-    room = sum(footprint(*shape, size) for size in itemsizes)
+
+    def room(tokens: int) -> int:
+        rows, columns = (problem.vocab, tokens) if problem.vocabulary_major else (tokens, problem.vocab)
+        return sum(footprint(rows, columns, size) for size in itemsizes)
+
+    chunk = chunk_rows(n, problem.vocab, itemsizes, problem.workspace_bytes, room)
     for start in range(0, n, chunk):
         stop = min(n, start + chunk)
         part = slice(start, stop)
-        with borrow(room, device) as workspace:
+        with borrow(room(chunk), device) as workspace:
             s = student.project(start, stop, workspace, t_s[part])
             t = teacher.project(start, stop, workspace, t_t[part])
             job = R.RowJob(
@@ -164,23 +171,31 @@ def _side(problem: Problem, model: Model) -> Union[HeadSide, LogitsSide]:
     )
 
 
-def _common_factor(soft: Tensor, hard: Tensor, *sides: Union[HeadSide, LogitsSide]) -> Tensor:
-    """A power of two near the largest row weight, taken out before the GEMMs and put back after.
+def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_t: Tensor) -> Tensor:
+    """A power of two that brings the logit gradients near 1, put back after the GEMMs.
 
-    The logit gradient is stored in the compute dtype; in float16 a weight like 1/tokens would flush
-    most of it to zero. Gradients of existing logits are final as the kernel writes them, so a call
-    without any head keeps its weights.
+    They are stored in the compute dtype. In float16 a weight like 1/tokens, or a temperature of 100,
+    would flush most of them to zero before any loss scale; the other end would overflow. Gradients of
+    existing logits are final as the kernel writes them, so a call without any head keeps its weights.
     """
     one = soft.new_ones(())
-    if soft.numel() == 0 or not any(isinstance(side, HeadSide) for side in sides):
+    models = [m for m in (problem.student, problem.teacher) if any(m.needs)]
+    if soft.numel() == 0 or not any(m.is_head for m in models):
         return one
-    top = torch.maximum(soft.abs().amax(), hard.abs().amax())
+    top = hard.abs().amax() * abs(problem.student.scale)
+    for model, temperature in ((problem.student, t_s), (problem.teacher, t_t)):
+        if any(model.needs):
+            top = torch.maximum(top, (soft.abs() / temperature).amax() * abs(model.scale))
+    if any(m.is_head and (problem.compute_dtype or m.values.dtype) == torch.float16 for m in models):
+        top = top / _FLOAT16_HEADROOM
     power = torch.exp2(torch.floor(torch.log2(top)))
     return torch.where(torch.isfinite(power) & (power > 0), power, one)
 
 
-def chunk_rows(n: int, vocab: int, itemsizes: list[int], workspace_bytes: Optional[int]) -> int:
-    """Tokens per chunk.
+def chunk_rows(
+    n: int, vocab: int, itemsizes: list[int], workspace_bytes: Optional[int], room: Callable[[int], int]
+) -> int:
+    """Tokens per chunk; ``room(c)`` is what a chunk of c tokens takes in the workspace, in bytes.
 
     Every chunk reads and writes all of d weight once (8 V D bytes in float32) and computes
     2 C V D FLOPs into it, so the traffic per FLOP falls as 4/C: at C = 256 it costs tens of percent of
@@ -191,12 +206,14 @@ def chunk_rows(n: int, vocab: int, itemsizes: list[int], workspace_bytes: Option
         return max(1, n)
     budget = CPU_WORKSPACE if workspace_bytes is None else workspace_bytes
     most = budget // (vocab * sum(itemsizes))
+    while most > 0 and room(most) > budget:
+        most -= 1  # for the odd cache line that a row may carry
     if most < 1:
         raise ValueError(
             f"workspace_bytes={budget} holds less than one row of {vocab} logits; "
-            f"at least {vocab * sum(itemsizes)} bytes are needed"
+            f"at least {room(1)} bytes are needed"
         )
     chunks = -(-n // most)
     even = -(-n // chunks)
     padded = -(-even // _LANES) * _LANES
-    return min(padded, most, n)
+    return min(padded, most)

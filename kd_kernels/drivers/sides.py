@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.drivers.workspace import Workspace
-from kd_kernels.gemm import matmul
+from kd_kernels.gemm import as_matrix, matmul
 from kd_kernels.rows import Rows
 
 
@@ -38,6 +38,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def hidden_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What d hidden is kept in until it is scaled: float16 has no room for sums before the denominator."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class HeadSide:
     """Logits from two chunk-wide GEMMs; gradients carried back by two more.
 
@@ -64,15 +69,20 @@ class HeadSide:
         self.wide = accumulate_dtype(dtype)
         self.logits_dtype = logits_dtype or self.wide
         if self.logits_dtype not in (dtype, self.wide):
-            raise ValueError(f"logits_dtype must be {dtype} or {self.wide} here, got {self.logits_dtype}")
+            raise ValueError(
+                f"logits_dtype must be None, {self.wide} or the dtype that the heads compute in; "
+                f"got {self.logits_dtype} for a head in {dtype}"
+            )
         hidden = model.values.reshape(-1, model.values.shape[-1])
         self.tokens = hidden.shape[0]
         if kept is not None:  # d weight would meet what a silenced row holds, NaN included
             hidden = torch.where(kept[:, None], hidden, 0.0)
         self.hidden = (hidden if rows is None else hidden.index_select(0, rows)).to(dtype)
-        self.weight = model.weight[:vocab].to(dtype)
+        self.weight = as_matrix(model.weight[:vocab].to(dtype))
         self.bias = None if model.bias is None else model.bias[:vocab].to(self.logits_dtype)
-        self.d_hidden = torch.empty_like(self.hidden) if model.needs[0] else None
+        self.d_hidden = None
+        if model.needs[0]:
+            self.d_hidden = torch.empty_like(self.hidden, dtype=hidden_gradient_dtype(dtype))
         self.d_weight = self._accumulator(model.weight) if model.needs[1] else None
         self.d_bias = None
         if model.needs[2]:
@@ -135,7 +145,7 @@ class HeadSide:
             self.d_bias[: self.vocab] += by_vocab.sum(1, dtype=self.wide)
 
     def gradients(self) -> list[Optional[Tensor]]:
-        """(d hidden in the compute dtype, d weight and d bias in the accumulator's), or None each."""
+        """(d hidden by :func:`hidden_gradient_dtype`, d weight and d bias in the accumulator's), or None."""
         d_hidden = self.d_hidden
         if d_hidden is not None:
             if self.rows is not None:

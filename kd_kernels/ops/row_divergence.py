@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.drivers.chunked_head import Problem, walk
-from kd_kernels.drivers.sides import Model, accumulate_dtype
+from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype
 from kd_kernels.objectives import CATALOGUE
 
 # The order in which both ops take the call and in which autograd sees it.
@@ -114,7 +114,8 @@ def _unpack(call: dict) -> Problem:
         parameter1=call["parameter1"],
         soft_weight=soft,
         hard_weight=hard,
-        labels=None if labels is None else labels.reshape(-1),
+        # the kernels take an address: int64, one after the other, whatever the caller had
+        labels=None if labels is None else labels.to(torch.int64).contiguous(),
         rows=rows,
         kept=kept,
         entropies=call["parts"],
@@ -215,7 +216,9 @@ def _(*args):
                 continue
             tensor, is_head = args[i], args[i - i % 3 + 1] is not None
             dtype_i = (call["compute_dtype"] or args[i - i % 3].dtype) if is_head else tensor.dtype
-            gradients[i] = of(*tensor.shape, dtype=dtype_i if i % 3 == 0 else accumulate_dtype(dtype_i))
+            if is_head:
+                dtype_i = hidden_gradient_dtype(dtype_i) if i % 3 == 0 else accumulate_dtype(dtype_i)
+            gradients[i] = of(*tensor.shape, dtype=dtype_i)
     loss = of(tokens, dtype=dtype) if call["per_token"] else of(dtype=dtype)
     return (loss, of(tokens, R.TERM_COLUMNS, dtype=dtype), of(tokens, R.STATISTIC_COLUMNS), of(), *gradients)
 
