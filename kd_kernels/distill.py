@@ -317,7 +317,8 @@ def _valid_tokens(
         _check_per_token("mask", mask, lead, device)
         if mask.dtype != torch.bool:
             raise TypeError(
-                f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool(), or token_weight for weights"
+                f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool(), or token_weight "
+                f"for weights"
             )
         valid = mask if valid is None else valid & mask
     return None if valid is None else valid.reshape(-1)

@@ -77,7 +77,7 @@ def test_double_backward_raises(reduction, kind):
     values = student.tensors()[0]
     loss = kd.distill(student, teacher, JS, reduction=reduction).sum()
     (g,) = torch.autograd.grad(loss, values, create_graph=True)
-    with pytest.raises(RuntimeError, match="kd_kernels|autograd"):
+    with pytest.raises(RuntimeError, match="double backward"):
         (loss + g.pow(2).sum()).backward()
 
 

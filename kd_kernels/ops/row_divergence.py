@@ -2,9 +2,9 @@
 
 Three ops. ``row_divergence`` computes per-token terms and, where the weighting of the tokens is known
 (a scalar result), the unscaled gradients with them. Its backward calls ``scale_gradient`` then, or
-``row_divergence_backward`` where the weighting only arrives with the upstream gradient. These two have
-no autograd formula, which is what makes a double backward raise: ``once_differentiable``, or marking
-outputs non-differentiable, would let a gradient penalty go silently wrong.
+``row_divergence_backward`` where the weighting only arrives with the upstream gradient. These two are
+ops of their own whose autograd formula raises: ``once_differentiable``, or marking outputs
+non-differentiable, would let a gradient penalty go silently wrong.
 
 Scalars that a schedule may change are 0-d tensors: a Python float argument would be a constant of the
 compiled graph, and every new value a recompilation.
@@ -342,4 +342,10 @@ def _backward(ctx, upstream, *others):
     return (*first, *(None,) * (len(_ARGUMENTS) - _DIFFERENTIABLE))
 
 
+def _double_backward(ctx, *gradients):
+    raise RuntimeError("kd_kernels.distill: double backward (a gradient of the gradient) is not implemented")
+
+
 row_divergence.register_autograd(_backward, setup_context=_setup_context)
+scale_gradient.register_autograd(_double_backward)
+row_divergence_backward.register_autograd(_double_backward)
