@@ -11,8 +11,8 @@ import memory
 import torch
 from formulas import exact
 from harness import Spread, Timed, run_rounds
-from providers import PROVIDERS, Floor, Provider, Unavailable, backend, forget_compiled
-from record import Row, Writer, rounded
+from providers import PROVIDERS, Floor, Provider, Unavailable, backend, by_name, forget_compiled
+from record import Row, Writer, git_state, rounded
 from workloads import (
     DTYPES,
     FLOOR,
@@ -42,6 +42,8 @@ def spread_row(spread: Optional[Spread]) -> Optional[dict[str, Any]]:
 
 def case_row(name: str, objective: Optional[Objective], shape: Shape, dtype: str, threads: int) -> Row:
     case_id = f"{name}/{dtype}/{objective.name if objective else 'gemms'}/{shape.tokens}x{shape.vocab}"
+    if (shape.d_student, shape.d_teacher) != (HEAD.d_student, HEAD.d_teacher):
+        case_id += f"/{shape.d_student}-{shape.d_teacher}"
     return {
         "bench": name,
         "case_id": case_id,
@@ -59,7 +61,9 @@ def case_row(name: str, objective: Optional[Objective], shape: Shape, dtype: str
     }
 
 
-def gate(providers: Sequence[Provider], inputs: Inputs, objective: Objective, dtype: str) -> dict[str, Row]:
+def gate(
+    providers: Sequence[Provider], inputs: Inputs, objective: Objective, dtype: str, device: str
+) -> dict[str, Row]:
     """Runs each provider once on the timed inputs; status, reason and errors by provider."""
     outcome: dict[str, Row] = {}
     try:
@@ -83,7 +87,7 @@ def gate(providers: Sequence[Provider], inputs: Inputs, objective: Objective, dt
                 "error": {key: rounded(value) for key, value in errors.items()},
             }
             if provider.ours:
-                outcome[provider.name]["backend"] = backend(provider)
+                outcome[provider.name]["backend"] = backend(provider, device)
     inputs.clear_gradients()
     return outcome
 
@@ -99,11 +103,12 @@ def run_case(
     threads: int,
     with_memory: bool,
     reject: bool = True,
+    device: str = "cpu",
 ) -> list[Row]:
     """Gate, timing and memory of one case; one row per provider, the two floors first."""
     forget_compiled()
-    inputs = make_inputs(shape, DTYPES[dtype])
-    outcomes = gate(providers, inputs, objective, dtype)
+    inputs = make_inputs(shape, DTYPES[dtype], device=device)
+    outcomes = gate(providers, inputs, objective, dtype, device)
 
     def timed_step(provider: Provider) -> Timed:
         return Timed(provider.name, lambda: provider.step(inputs, objective), inputs.clear_gradients)
@@ -116,7 +121,7 @@ def run_case(
     peers = [t for t, p in zip(steps, runnable) if not p.ours]
     # Ours runs beside the floor it is compared with.
     entries = [other_floor, floor, *ours, *peers]
-    run_rounds(entries, rounds=rounds, reject=reject)
+    run_rounds(entries, rounds=rounds, reject=reject, device=device)
     measured = {timed.name: timed for timed in entries}
 
     rows = []
@@ -137,9 +142,31 @@ def run_case(
             if is_floor and row.get("seconds"):
                 row["gflops"] = rounded(shape.gemm_flops / row["seconds"]["median"] / 1e9)
             elif with_memory and row["status"] == "ok":
-                row["peak"] = memory.in_subprocess(provider_name, objective, shape, dtype, threads)
+                row["peak"] = (
+                    memory.on_device(by_name(provider_name), objective, inputs, shape, dtype)
+                    if device.startswith("cuda")
+                    else memory.in_subprocess(provider_name, objective, shape, dtype, threads)
+                )
         rows.append(row)
     return rows
+
+
+def fill_in_memory(results: Path, only: Optional[Sequence[str]] = None) -> list[Row]:
+    """Peak memory of rows that were timed without it. It does not need a quiet machine, so it may come
+    later; the commit at which it was taken stands beside it."""
+    writer = Writer("head", results)
+    for row in list(writer.kept.values()):
+        case, name = row["case"], row["provider"]
+        if row["status"] != "ok" or row.get("peak") or name in (FLOOR, FLOOR_VOCAB_MAJOR):
+            continue
+        if only is not None and case["objective"] not in only:
+            continue
+        print(f"  {row['case_id']} {name}", file=sys.stderr, flush=True)
+        objective = Objective(case["objective"], tuple(case["parameters"].items()))
+        shape = Shape(case["tokens"], case["vocab"], case["d_student"], case["d_teacher"])
+        peak = memory.in_subprocess(name, objective, shape, case["dtype"], case["threads"])
+        writer.keep({**row, "peak": {**peak, "commit": git_state()["commit"]}})
+    return writer.rows
 
 
 def selected(dtype: str, names: Optional[Sequence[str]], compiling: bool) -> list[Provider]:
@@ -162,10 +189,11 @@ def run(
     memory_for: Optional[Sequence[str]] = ("forward_kl", "jensen_shannon"),
     compiling: bool = True,
     reject: bool = True,
+    device: str = "cpu",
 ) -> list[Row]:
     """All cases; ``memory_for=None`` measures the memory of every objective."""
     torch.set_num_threads(threads)
-    writer = Writer("head", results)
+    writer = Writer("head", results, device)
     for dtype in dtypes:
         for objective in objectives(only):
             print(f"  {dtype} {objective.label}", file=sys.stderr, flush=True)
@@ -179,6 +207,7 @@ def run(
                 threads=threads,
                 with_memory=memory_for is None or objective.name in memory_for,
                 reject=reject,
+                device=device,
             )
             for row in rows:
                 writer.add(row)

@@ -56,10 +56,11 @@ STEPS: dict[str, Callable[[Tensor, Tensor, Objective], None]] = {
 }
 
 
-def make_logits(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(shape.tokens, shape.vocab, generator=generator) * 3
-    teacher = 0.7 * student + 0.7 * 3 * torch.randn(shape.tokens, shape.vocab, generator=generator)
+def make_logits(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    size = (shape.tokens, shape.vocab)
+    student = torch.randn(size, generator=generator, device=device) * 3
+    teacher = 0.7 * student + 0.7 * 3 * torch.randn(size, generator=generator, device=device)
     return student.to(dtype).requires_grad_(), teacher.to(dtype)
 
 
@@ -78,10 +79,11 @@ def run_case(
     rounds: int,
     threads: int,
     reject: bool,
+    device: str,
 ) -> list[Row]:
     forget_compiled()
     _compiled_loss.cache_clear()
-    student, teacher = make_logits(shape, DTYPES[dtype])
+    student, teacher = make_logits(shape, DTYPES[dtype], device)
     sample = slice(0, 64)
     truth = _truth(student, teacher, objective, sample)
     outcome: dict[str, dict[str, Any]] = {}
@@ -100,12 +102,12 @@ def run_case(
             status = "ok" if right else "wrong"
             outcome[name] = {"status": status, "reason": "", "error": {"gradient": rounded(error)}}
             if name == "kd":
-                outcome[name]["backend"] = backend(by_name("kd"))
+                outcome[name]["backend"] = backend(by_name("kd"), device)
     student.grad = None
 
     # Half the bytes are read and half written, so a copy moves as many as the kernel must.
     moved = minimal_bytes(shape.tokens, shape.vocab, DTYPES[dtype])
-    source = torch.ones(moved // 2, dtype=torch.uint8)
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def clear() -> None:
@@ -116,7 +118,7 @@ def run_case(
 
     copy = Timed(COPY, lambda: target.copy_(source))
     entries = [copy, *(timed_step(n) for n in names if outcome[n]["status"] == "ok")]
-    run_rounds(entries, rounds=rounds, reject=reject)
+    run_rounds(entries, rounds=rounds, reject=reject, device=device)
     measured = {timed.name: timed for timed in entries}
     rows = []
     for name in [COPY, *names]:
@@ -145,13 +147,14 @@ def run(
     only: Optional[Sequence[str]] = None,
     compiling: bool = True,
     reject: bool = True,
+    device: str = "cpu",
 ) -> list[Row]:
     torch.set_num_threads(threads)
     names = [name for name in STEPS if compiling or name != "torch.compile"]
-    writer = Writer("rows", results)
+    writer = Writer("rows", results, device)
     for dtype in dtypes:
         for objective in objectives(only):
             print(f"  rows {dtype} {objective.label}", file=sys.stderr, flush=True)
-            for row in run_case(objective, shape, dtype, names, rounds, threads, reject):
+            for row in run_case(objective, shape, dtype, names, rounds, threads, reject, device):
                 writer.add(row)
     return writer.rows

@@ -28,11 +28,13 @@ QUICK_SWEEPS = {
 }
 
 
-def sweeps() -> dict[str, list[Shape]]:
-    return {
+def sweeps(only: Optional[str] = None, quick: bool = False) -> dict[str, list[Shape]]:
+    full = {
         "tokens": [Shape(n, TOKEN_SWEEP_VOCAB) for n in TOKENS],
         "vocab": [Shape(VOCAB_SWEEP_TOKENS, v) for v in VOCABS],
     }
+    chosen = QUICK_SWEEPS if quick else full
+    return {name: shapes for name, shapes in chosen.items() if only in (None, name)}
 
 
 def run(
@@ -42,7 +44,7 @@ def run(
     rounds: int = 5,
     threads: int = 2,
     dtypes: Sequence[str] = ("fp32", "bf16"),
-    only: Sequence[str] = ("forward_kl",),
+    only: Optional[Sequence[str]] = None,
     provider_names: Optional[Sequence[str]] = None,
     with_memory: bool = True,
     reject: bool = True,
@@ -57,7 +59,7 @@ def run(
                 for p in PROVIDERS
                 if dtype in p.dtypes and (p.ours if provider_names is None else p.name in provider_names)
             ]
-            for objective in objectives(only):
+            for objective in objectives(only or ("forward_kl",)):
                 for shape in sizes:
                     print(f"  {sweep} {dtype} {objective.label} {shape.label}", file=sys.stderr, flush=True)
                     rows = run_case(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from providers import Unavailable, by_name
+from providers import Provider, Unavailable, by_name
 from workloads import DTYPES, Inputs, Objective, Shape, make_inputs
 
 WARMUP_TOKENS = 16
@@ -86,6 +86,27 @@ def measure(provider: str, objective: Objective, shape: Shape, dtype: str, threa
         "retained": before - start,
         "warmup": "full step" if chosen.compiles else f"{WARMUP_TOKENS} tokens",
     }
+
+
+def on_device(
+    provider: Provider, objective: Objective, inputs: Inputs, shape: Shape, dtype: str
+) -> dict[str, Any]:
+    """The same on a GPU, by the allocator's own high-water mark, after a step that warmed up."""
+    inputs.clear_gradients()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        provider.step(inputs, objective)
+        torch.cuda.synchronize()
+    except Exception as error:  # a peer may run out of memory; its row says so
+        return {"failure": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    finally:
+        inputs.clear_gradients()
+    peak, gradients = torch.cuda.max_memory_allocated() - before, gradient_bytes(shape, DTYPES[dtype])
+    return {"above_inputs": peak, "gradients": gradients, "above_gradients": peak - gradients}
 
 
 def in_subprocess(

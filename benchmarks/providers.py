@@ -173,11 +173,11 @@ PROVIDERS = (
 )
 
 
-def backend(provider: Provider) -> Optional[str]:
+def backend(provider: Provider, device: str = "cpu") -> Optional[str]:
     """Which of the package's backends serves a provider of ours; None for peers."""
     if not provider.ours:
         return None
-    return need("kd_kernels.backends").pick("row_divergence", torch.device("cpu"), None)[0]
+    return need("kd_kernels.backends").pick("row_divergence", torch.device(device), None)[0]
 
 
 def by_name(name: str) -> Provider:

@@ -110,7 +110,10 @@ class Writer:
             self.kept = {_key(row): row for row in read(self.path)}
 
     def add(self, row: Row) -> Row:
-        row = {**row, **_stamp(self.device)}
+        return self.keep({**row, **_stamp(self.device)})
+
+    def keep(self, row: Row) -> Row:
+        """``row`` with the stamp that it already has."""
         self.rows.append(row)
         self.kept[_key(row)] = row
         if self.path is not None:

@@ -3,6 +3,7 @@
     python benchmarks/run.py                      # the main table and the row kernels
     python benchmarks/run.py --full               # also scaling, and the memory of every objective
     python benchmarks/run.py --quick              # tiny shapes in seconds, nothing written: a smoke test
+    python benchmarks/run.py --fill-in-memory     # the peak memory that an earlier run left out
     python benchmarks/run.py --only forward_kl --dtype fp32 --provider kd --provider torch
 
 Figures need a quiet machine. Samples that other processes disturbed are taken again (their number is in
@@ -38,8 +39,10 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="OBJECTIVE", help="objectives (repeatable)")
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="dtypes (repeatable)")
     parser.add_argument("--provider", action="append", help="providers by name (repeatable)")
+    parser.add_argument("--sweep", choices=("tokens", "vocab"), help="this scaling sweep only")
     parser.add_argument("--rounds", type=int, help="rounds of timing (default 7)")
     parser.add_argument("--threads", type=int, help="torch threads (default 2; 1 under --quick)")
+    parser.add_argument("--fill-in-memory", action="store_true", help="of rows timed without it; no timing")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
     parser.add_argument(
         "--no-reject", action="store_true", help="keep samples that other processes disturbed"
@@ -50,6 +53,10 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse(arguments)
+    if options.fill_in_memory:
+        rows = bench_head.fill_in_memory(options.results, options.only)
+        show("Peak memory, filled in", report.head_text(rows), rows)
+        return 0
     benches = options.bench or (BENCHES if options.full or options.quick else ("head", "rows"))
     results = None if options.quick else options.results
     # A second thread that has to share its core waits at every barrier for milliseconds: quick runs, which
@@ -64,43 +71,34 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if options.no_memory or options.quick:
         memory_for = ()
 
+    common = {
+        "rounds": rounds,
+        "threads": threads,
+        "dtypes": dtypes,
+        "only": options.only,
+        "reject": reject,
+    }
     if "head" in benches:
         rows = bench_head.run(
             results,
             shape=QUICK if options.quick else HEAD,
-            rounds=rounds,
-            threads=threads,
-            dtypes=dtypes,
-            only=options.only,
             provider_names=options.provider,
             memory_for=memory_for,
             compiling=not options.quick,
-            reject=reject,
+            **common,
         )
         show("Distillation step from hidden states, forward and backward", report.head_text(rows), rows)
     if "rows" in benches:
-        rows = bench_rows.run(
-            results,
-            shape=QUICK if options.quick else bench_rows.ROWS,
-            rounds=rounds,
-            threads=threads,
-            dtypes=dtypes,
-            only=options.only,
-            compiling=not options.quick,
-            reject=reject,
-        )
+        shape = QUICK if options.quick else bench_rows.ROWS
+        rows = bench_rows.run(results, shape=shape, compiling=not options.quick, **common)
         show("Row kernel alone: logits in, loss and gradient out", report.rows_text(rows), rows)
     if "scaling" in benches:
         rows = bench_scaling.run(
             results,
-            shapes=bench_scaling.QUICK_SWEEPS if options.quick else None,
-            rounds=rounds,
-            threads=threads,
-            dtypes=dtypes,
-            only=options.only or ("forward_kl",),
+            shapes=bench_scaling.sweeps(options.sweep, options.quick),
             provider_names=options.provider,
             with_memory=not (options.quick or options.no_memory),
-            reject=reject,
+            **common,
         )
         show("Cost against tokens and vocabulary", report.scaling_text(rows), rows)
     return 0

@@ -163,12 +163,15 @@ def readme_section(results: Path = RESULTS) -> str:
         ("rows", rows_markdown),
         ("scaling", scaling_markdown),
     )
-    for machine, files in read_all(results).items():
+    machines = read_all(results)
+    for machine, files in machines.items():
         parts.append(f"#### `{machine}`")
         first = next(rows for rows in files.values() if rows)
         parts.append(provenance(files.get("head") or first))
         parts.extend(text for name, make in makers if files.get(name) and (text := make(files[name])))
-    return "\n\n".join(parts) or "No result files yet."
+    if not any("cuda" in machine for machine in machines):
+        parts.append("#### GPU\n\nNot measured: no result file of a GPU has been committed yet.")
+    return "\n\n".join(parts)
 
 
 def replaced(readme: str, section: str) -> str:

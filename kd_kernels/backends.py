@@ -13,7 +13,7 @@ from typing import Optional
 
 import torch
 
-from kd_kernels import native
+from kd_kernels import native, triton_runtime
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
 from kd_kernels.rows import RowJob
 
@@ -41,11 +41,14 @@ def _not_built(device: torch.device) -> list[str]:
 TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], list[str]]]]] = {
     "row_divergence": {
         "cpu": (native.row_divergence, _cpu_objections),
-        "triton": (None, _not_built),
+        "triton": (triton_runtime.row_divergence, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_row_divergence, lambda device: []),
     },
 }
+
+# Backends that take the vocabulary-major layout too; the others read rows along the vocabulary.
+VOCABULARY_MAJOR = frozenset({"cpu", "reference"})
 
 
 @functools.cache

@@ -164,14 +164,13 @@ def distill(
     if per_token:
         loss = loss.reshape(lead)
     elif reduction == "mean":
-        loss = loss / (_count(valid, lead).clamp(min=1) if num_items is None else num_items)
+        loss = loss / (_count(valid, lead, device).clamp(min=1) if num_items is None else num_items)
     elif reduction == "batchmean":
         loss = loss / max(lead[0] if len(lead) else 1, 1)
     if not return_parts:
         return loss
     columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
-    count = _count(valid, lead)
-    return loss, Parts(*columns, valid_tokens=torch.as_tensor(count, device=device))
+    return loss, Parts(*columns, valid_tokens=_count(valid, lead, device))
 
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -382,8 +381,9 @@ def _saveable(tensor: Optional[Tensor]) -> Optional[Tensor]:
         return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _count(valid: Optional[Tensor], lead: torch.Size) -> Tensor:
-    return torch.tensor(lead.numel()) if valid is None else valid.sum()
+def _count(valid: Optional[Tensor], lead: torch.Size, device: torch.device) -> Tensor:
+    # Filled in on the device: copying it there would wait for the device.
+    return torch.full((), lead.numel(), device=device) if valid is None else valid.sum()
 
 
 def _scalars(student: Source, teacher: Source, soft_weight: float, hard_weight: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 Logits and weight gradients should leave the product in float32 even when the operands are 16-bit:
 bf16-rounded logits make ``d hidden`` 20 times more wrong than rounding the logit gradient does. On
-CUDA torch offers that (``out_dtype``); on CPU it does not, so in order of speed:
+CUDA torch >= 2.8 offers that (``out_dtype``), and older ones cast up as below; on CPU none does, so in
+order of speed:
 
 * our AVX512_BF16 kernel, where the processor has that but no AMX (MKL falls back to float32
   arithmetic on such AMD processors, at half the speed);
@@ -11,6 +12,8 @@ CUDA torch offers that (``out_dtype``); on CPU it does not, so in order of speed
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -35,6 +38,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
             torch.mm(a, b, out=out)
     elif a.device.type == "cpu":
         _widening_cpu(a, b, out, accumulate)
+    elif _widens(a.dtype, a.device):
+        _widening_cuda(a, b, out, accumulate)
     else:
         _upcast(a, b, out, accumulate)
 
@@ -55,6 +60,28 @@ def _widening_cpu(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         return
     a, b = as_matrix(a), as_matrix(b)
     (native.gemm_bf16 if way == "native" else native.mkl_gemm)(a, b, out, accumulate)
+
+
+def _widening_cuda(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    aten = torch.ops.aten
+    if accumulate:
+        aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+@functools.cache
+def _widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has a product with a float32 result here: tried once, on 16 x 16 numbers."""
+    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    a, out = torch.ones(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        _widening_cuda(a, a, out, accumulate=False)
+        _widening_cuda(a, a, out, accumulate=True)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def as_matrix(x: Tensor) -> Tensor:

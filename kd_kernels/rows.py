@@ -44,6 +44,9 @@ class Rows:
     softcap: float = 0.0  # 0: none
     grad: Optional[Tensor] = None
     grad_offsets: Optional[Tensor] = None
+    # Row-major: what divides every offset, known without looking at them. Wide loads need it.
+    multiple: int = 1
+    grad_multiple: int = 1
 
     def read(self, n: int, vocab: int) -> Tensor:
         """The raw logits as ``[n, vocab]`` (a copy in the row-major layout)."""

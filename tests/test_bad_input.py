@@ -150,8 +150,8 @@ def test_truncated_labels_are_checked_against_what_remains():
 
 def test_module_is_the_function():
     module = kd.DistillationLoss(kd.JensenShannon(0.3), temperature=2.0, labels=LABELS)
-    assert torch.equal(module(Z, Z + 1e-2 * torch.randn(3, 9).cumsum(0)), module(Z, Z)) is False
     other = torch.randn(3, 9)
+    assert module(Z, other) != module(Z, Z)
     assert torch.equal(
         module(Z, other), kd.distill(Z, other, kd.JensenShannon(0.3), temperature=2.0, labels=LABELS)
     )

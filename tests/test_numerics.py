@@ -63,8 +63,8 @@ def test_zero_where_they_agree(objective, dtype, backend):
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 def test_never_negative(objective, backend):
     for spread in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        teacher = torch.randn(64, 257) * 4
-        loss = run(objective, teacher + spread * torch.randn(64, 257), teacher, backend)[0]
+        teacher = torch.randn(6 if backend == "triton" else 64, 257) * 4  # interpreted: fewer
+        loss = run(objective, teacher + spread * torch.randn_like(teacher), teacher, backend)[0]
         assert (loss >= 0).all()
 
 
@@ -275,7 +275,7 @@ def test_offsets_are_64_bit():
 @pytest.mark.parametrize("spread", [3.0, 12.0, 30.0])
 def test_sharp_rows(objective, spread, backend):
     """Nearly one-hot rows that half agree: the softmax Jacobian must not cancel the digits away."""
-    student, noise = (torch.randn(2, 64, 1031) * spread).unbind()
+    student, noise = (torch.randn(2, 16 if backend == "triton" else 64, 1031) * spread).unbind()
     teacher = 0.3 * noise + 0.7 * student
 
     def gradients_of(loss, dtype):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, OBJECTIVES, OPTIONS, SHAPING, SOURCES, Batch
+from cases import DTYPES, OBJECTIVES, OPTIONS, SHAPING, SOURCES, Batch, batch_for
 from plain import compare
 
 import kd_kernels as kd
@@ -15,7 +15,7 @@ SMALL = {"workspace_bytes": 24 << 10}  # several chunks, the last one ragged
 @pytest.mark.parametrize("kinds", SOURCES, ids="x".join)
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 def test_sources_and_dtypes(objective, kinds, dtype, backend):
-    batch = Batch()
+    batch = batch_for(backend)
     student, teacher = (batch.source(side, kind, dtype) for side, kind in zip(("student", "teacher"), kinds))
     compare(batch, student, teacher, objective, backend, **SMALL, **OPTIONS["cross-entropy"](batch))
 
@@ -24,7 +24,7 @@ def test_sources_and_dtypes(objective, kinds, dtype, backend):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("kinds", SOURCES, ids="x".join)
 def test_options(objective, option, kinds, backend):
-    batch = Batch(seed=1)
+    batch = batch_for(backend, seed=1)
     student, teacher = (
         batch.source(side, kind, torch.float32) for side, kind in zip(("student", "teacher"), kinds)
     )
@@ -35,7 +35,7 @@ def test_options(objective, option, kinds, backend):
 @pytest.mark.parametrize("shaping", SHAPING)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], **IDS)
 def test_bias_scale_softcap(objective, shaping, dtype, backend):
-    batch = Batch(seed=2)
+    batch = batch_for(backend, seed=2)
     shape = SHAPING[shaping]
     for kinds in SOURCES:
         student, teacher = (
@@ -47,7 +47,7 @@ def test_bias_scale_softcap(objective, shaping, dtype, backend):
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], **IDS)
 def test_logits_in_the_input_dtype(objective, dtype, backend):
-    batch = Batch(seed=3)
+    batch = batch_for(backend, seed=3)
     student, teacher = (batch.source(side, "head", dtype, bias=True) for side in ("student", "teacher"))
     compare(
         batch, student, teacher, objective, backend, logits_dtype=dtype, **OPTIONS["cross-entropy"](batch)
@@ -57,7 +57,7 @@ def test_logits_in_the_input_dtype(objective, dtype, backend):
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 @pytest.mark.parametrize("option", ["plain", "none"])
 def test_truncated_vocabulary(objective, option, backend):
-    small, large = Batch(vocab=150), Batch(vocab=203)
+    small, large = batch_for(backend, vocab=150), batch_for(backend, vocab=203)
     for kinds in SOURCES:
         for first, second in ((small, large), (large, small)):
             student = first.source("student", kinds[0], torch.float64, bias=True)
@@ -69,7 +69,7 @@ def test_truncated_vocabulary(objective, option, backend):
 
 
 def test_token_weights_of_weighted_kl(backend):
-    batch = Batch()
+    batch = batch_for(backend)
     objective = kd.WeightedKL(batch.weight, batch.temperature)
     for kinds in SOURCES:
         student, teacher = (
@@ -80,14 +80,14 @@ def test_token_weights_of_weighted_kl(backend):
 
 @pytest.mark.parametrize("beta", [0, 0.0, 1, 1.0, 0.01, 0.99])
 def test_ends_of_jensen_shannon(beta, backend):
-    batch = Batch()
+    batch = batch_for(backend)
     student, teacher = (batch.source(side, "head", torch.float64) for side in ("student", "teacher"))
     compare(batch, student, teacher, kd.JensenShannon(beta), backend)
 
 
 @pytest.mark.parametrize("objective", [kd.SkewKL(0.0), kd.SkewReverseKL(0), kd.SkewKL(0.99)], ids=repr)
 def test_ends_of_skew(objective, backend):
-    batch = Batch()
+    batch = batch_for(backend)
     student, teacher = (batch.source(side, "head", torch.float64) for side in ("student", "teacher"))
     compare(batch, student, teacher, objective, backend)
 

@@ -79,7 +79,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(objective, kind):
 
 @each
 def test_chunk_size_does_not_matter(objective, backend):
-    batch = Batch(lead=(130,), vocab=101)
+    batch = Batch(lead=(12 if backend == "triton" else 130,), vocab=101)
     results = []
     for workspace in (101 * 8 + 128, 5_000, 30_000, 60_000, None):
         student, teacher = (batch.source(side, "head", torch.float32) for side in ("student", "teacher"))

@@ -54,8 +54,9 @@ def test_gradcheck_through_the_public_call(objective, backend):
         options = {**OPTIONS["everything"](batch), "num_items": None, "reduction": reduction, "mask": None}
         return kd.distill(student, teacher, objective, teacher_grad=True, backend=backend, **options)
 
+    fast = backend == "triton"  # interpreted: along random directions instead of one input at a time
     for reduction in ("sum", "none"):
-        assert torch.autograd.gradcheck(lambda *x, r=reduction: call(*x, r), inputs)
+        assert torch.autograd.gradcheck(lambda *x, r=reduction: call(*x, r), inputs, fast_mode=fast)
 
 
 @pytest.mark.parametrize("kinds", [("head", "head"), ("logits", "logits")], ids="x".join)

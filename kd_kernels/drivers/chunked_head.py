@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
-from kd_kernels.backends import pick
+from kd_kernels.backends import VOCABULARY_MAJOR, pick
 from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
 from kd_kernels.drivers.workspace import borrow, footprint
 
 CPU_WORKSPACE = 256 << 20
+# On a GPU a share of its memory, within these bounds.
+GPU_SHARE, GPU_LEAST, GPU_MOST = 32, 256 << 20, 4 << 30
 # Entries of a float16 gradient are stored this much larger: q - p reaches far below float16's 6e-8,
 # and q log(q / p) hardly above 1000, which still fits under its 65504.
 _FLOAT16_HEADROOM = 64
-_LANES = 32  # chunk widths are multiples of the row kernel's vector strip where the budget allows
+# Chunk widths are multiples of this where the budget allows: the row kernel's vector strip on CPU, a tile of
+# the GEMM on a GPU.
+_GRANULE = {"cpu": 32, "cuda": 128}
 
 
 @dataclass
@@ -54,14 +58,13 @@ class Problem:
     def tokens(self) -> int:
         return self.student.values.shape[:-1].numel()
 
-    @property
-    def vocabulary_major(self) -> bool:
-        """Both models project: the chunk's layout is ours to choose. Logits that exist are rows."""
-        return self.student.is_head and self.teacher.is_head
-
     def per_token(self, value: Tensor, silenced: float = 0.0) -> Tensor:
         """``value`` for each token that is walked, ``[n]`` float64; ``silenced`` at silenced ones."""
-        value = value.to(device=self.student.values.device, dtype=torch.float64)
+        device = self.student.values.device
+        if value.device == device:
+            value = value.to(torch.float64)
+        else:  # a number on the host: filling in a constant waits for nobody, copying it would
+            value = torch.full((), value.item(), dtype=torch.float64, device=device)
         value = value.reshape(-1).expand(self.tokens)
         if self.kept is not None:
             value = torch.where(self.kept, value, silenced)
@@ -95,8 +98,12 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
         statistics: ``[N, 10]`` of an earlier call, when its phases are left out now.
     """
     device = problem.student.values.device
-    _, kernel = pick("row_divergence", device, problem.backend)
-    student, teacher = (_side(problem, model) for model in (problem.student, problem.teacher))
+    name, kernel = pick("row_divergence", device, problem.backend)
+    # Where both models project, the chunk's layout is ours to choose. Logits that exist are rows.
+    vocabulary_major = problem.student.is_head and problem.teacher.is_head and name in VOCABULARY_MAJOR
+    student, teacher = (
+        _side(problem, model, vocabulary_major) for model in (problem.student, problem.teacher)
+    )
     n = problem.tokens if problem.rows is None else problem.rows.numel()
 
     soft = problem.per_token(problem.soft_weight)
@@ -117,10 +124,13 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
 
     def room(tokens: int) -> int:
-        rows, columns = (problem.vocab, tokens) if problem.vocabulary_major else (tokens, problem.vocab)
+        rows, columns = (problem.vocab, tokens) if vocabulary_major else (tokens, problem.vocab)
         return sum(footprint(rows, columns, size) for size in itemsizes)
 
-    chunk = chunk_rows(n, problem.vocab, itemsizes, problem.workspace_bytes, room)
+    budget = problem.workspace_bytes
+    if budget is None:
+        budget = default_workspace(device)
+    chunk = chunk_rows(n, problem.vocab, itemsizes, budget, room, _GRANULE.get(device.type, 1))
     for start in range(0, n, chunk):
         stop = min(n, start + chunk)
         part = slice(start, stop)
@@ -157,7 +167,7 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     )
 
 
-def _side(problem: Problem, model: Model) -> Union[HeadSide, LogitsSide]:
+def _side(problem: Problem, model: Model, vocabulary_major: bool) -> Union[HeadSide, LogitsSide]:
     if not model.is_head:
         return LogitsSide(model, problem.vocab, problem.rows)
     return HeadSide(
@@ -167,7 +177,7 @@ def _side(problem: Problem, model: Model) -> Union[HeadSide, LogitsSide]:
         problem.kept,
         problem.compute_dtype,
         problem.logits_dtype,
-        problem.vocabulary_major,
+        vocabulary_major,
     )
 
 
@@ -192,19 +202,28 @@ def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_
     return torch.where(torch.isfinite(power) & (power > 0), power, one)
 
 
+def default_workspace(device: torch.device) -> int:
+    """Bytes of scratch memory where the caller names none."""
+    if device.type != "cuda":
+        return CPU_WORKSPACE
+    share = torch.cuda.get_device_properties(device).total_memory // GPU_SHARE
+    return min(max(share, GPU_LEAST), GPU_MOST)
+
+
 def chunk_rows(
-    n: int, vocab: int, itemsizes: list[int], workspace_bytes: Optional[int], room: Callable[[int], int]
+    n: int, vocab: int, itemsizes: list[int], budget: int, room: Callable[[int], int], granule: int
 ) -> int:
     """Tokens per chunk; ``room(c)`` is what a chunk of c tokens takes in the workspace, in bytes.
 
     Every chunk reads and writes all of d weight once (8 V D bytes in float32) and computes
     2 C V D FLOPs into it, so the traffic per FLOP falls as 4/C: at C = 256 it costs tens of percent of
-    a step on CPU, at C = 1024 it disappears. Hence as many rows as the budget holds, and all chunks of
-    the same size.
+    a step on CPU, at C = 1024 it disappears. A GPU that computes 170 FLOPs in the time of a byte
+    (740 TFLOP/s, 4.3 TB/s) pays for it with 690/C of that product's time: two thirds at C = 1024, a fifth
+    at the 3300 rows that 4 GiB hold of a vocabulary of 128256. Hence as many rows as the budget holds,
+    and all chunks of the same size.
     """
     if not itemsizes or n == 0:
         return max(1, n)
-    budget = CPU_WORKSPACE if workspace_bytes is None else workspace_bytes
     most = budget // (vocab * sum(itemsizes))
     while most > 0 and room(most) > budget:
         most -= 1  # for the odd cache line that a row may carry
@@ -215,5 +234,5 @@ def chunk_rows(
         )
     chunks = -(-n // most)
     even = -(-n // chunks)
-    padded = -(-even // _LANES) * _LANES
+    padded = -(-even // granule) * granule
     return min(padded, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Optional
 
@@ -127,8 +128,9 @@ class HeadSide:
         rows = Rows(logits, None, temperature, self.model.scale, self.model.softcap, grad)
         if not self.vocabulary_major:
             token = torch.arange(c, device=x.device)
-            rows.offsets = token * logits.stride(0)
-            rows.grad_offsets = None if grad is None else token * grad.stride(0)
+            rows.offsets, rows.multiple = token * logits.stride(0), logits.stride(0)
+            if grad is not None:
+                rows.grad_offsets, rows.grad_multiple = token * grad.stride(0), grad.stride(0)
         return rows
 
     def carry(self, start: int, stop: int, rows: Rows) -> None:
@@ -193,6 +195,8 @@ class LogitsSide:
             self.model.softcap,
             self.grad,
             grad_offsets,
+            multiple=_common_divisor(self.values),
+            grad_multiple=self.values.shape[-1],
         )
 
     def carry(self, start: int, stop: int, rows: Rows) -> None:
@@ -200,6 +204,12 @@ class LogitsSide:
 
     def gradients(self) -> list[Optional[Tensor]]:
         return [self.grad, None, None]
+
+
+def _common_divisor(values: Tensor) -> int:
+    """Of all row offsets; 0, which everything divides, where there is one row."""
+    leading = zip(values.shape[:-1], values.stride()[:-1])
+    return math.gcd(*(stride for size, stride in leading if size > 1))
 
 
 def _row_offsets(values: Tensor) -> Tensor:

@@ -1,0 +1,148 @@
+"""The door to the Triton kernels: loading, capability, configuration, launch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from types import ModuleType
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, RowJob, Rows
+
+_ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
+
+
+class Configuration(NamedTuple):
+    """How one program walks its row."""
+
+    block: int  # vocabulary entries per step
+    num_warps: int
+
+
+# Fixed, not tuned on the spot: a winner that changes from run to run changes the bits of the result.
+# Four numbers a thread, in float64 one: twice as many spilled. Small vocabularies would leave most lanes idle.
+SMALL, LARGE = Configuration(256, 2), Configuration(1024, 8)
+SMALL_WIDE, LARGE_WIDE = Configuration(128, 4), Configuration(256, 8)  # float64 arithmetic
+_SMALL_VOCABULARY = 4096
+
+
+def configuration(vocab: int, wide: bool) -> Configuration:
+    """The default for a vocabulary of this size; ``wide`` for float64 arithmetic."""
+    if vocab <= _SMALL_VOCABULARY:
+        return SMALL_WIDE if wide else SMALL
+    return LARGE_WIDE if wide else LARGE
+
+
+def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict:
+    """What a launch asks of the compiler."""
+    # u_s - u_t must vanish where student and teacher agree: no product is fused into it.
+    chosen: dict = {"num_warps": num_warps, "enable_fp_fusion": False}
+    if not hip:
+        chosen["maxnreg"] = 128  # without a word ptxas spills a few numbers for the sake of occupancy
+    return chosen
+
+
+def interpreted() -> bool:
+    """Whether Triton is told to run on CPU tensors, which proves and is very slow."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _load() -> tuple[Optional[ModuleType], Optional[str]]:
+    try:
+        from kd_kernels.triton_kernels import row_divergence
+    except ImportError as error:
+        return None, f"Triton cannot be loaded ({error}); `pip install triton`"
+    return row_divergence, None
+
+
+def why_not(device: torch.device) -> list[str]:
+    """Why Triton cannot serve ``device``; empty where it can."""
+    if device.type == "cpu" and not interpreted():
+        return ["serves GPU tensors, got cpu (TRITON_INTERPRET=1 interprets it there, slowly)"]
+    if device.type not in ("cpu", "cuda"):
+        return [f"serves CUDA and ROCm tensors, got {device}"]
+    reason = _load()[1]
+    return [] if reason is None else [reason]
+
+
+def _split(value: float) -> tuple[float, float]:
+    """``value`` as two numbers that survive as float32, the type in which Triton passes floats."""
+    high = torch.tensor(value, dtype=torch.float32).item()
+    return high, value - high if abs(value) < float("inf") else 0.0
+
+
+def _side(rows: Rows) -> tuple:
+    grad, grad_offsets = (rows.logits, rows.offsets) if rows.grad is None else (rows.grad, rows.grad_offsets)
+    return (
+        rows.logits,
+        rows.offsets,
+        rows.temperature,
+        grad,
+        grad_offsets,
+        *_split(rows.scale),
+        *_split(rows.softcap),
+    )
+
+
+def _aligned(*sides: Rows) -> bool:
+    multiples = [side.multiple for side in sides]
+    multiples += [side.grad_multiple for side in sides if side.grad is not None]
+    return all(multiple % _ALIGNMENT == 0 for multiple in multiples)
+
+
+def row_divergence(job: RowJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.row_divergence` in Triton, one program a row; row-major only."""
+    if job.n == 0:
+        return
+    module = _load()[0]
+    assert module is not None
+    objectives = module.objectives
+    wide = torch.float64 in (job.student.logits.dtype, job.teacher.logits.dtype)
+    block, num_warps = configuration(job.vocab, wide)
+    student_grad = bool(phases & GRADIENT) and job.student.grad is not None
+    teacher_grad = bool(phases & GRADIENT) and job.teacher.grad is not None
+    # Without a gradient phase in this call, a later one may want either side's sum.
+    later = not phases & GRADIENT
+    student_sum = job.objective not in objectives.STUDENT_SUMS_TO_ZERO and (student_grad or later)
+    teacher_sum = job.objective not in objectives.TEACHER_SUMS_TO_ZERO and (teacher_grad or later)
+    fused = bool(phases & TERMS) and not student_sum and not teacher_sum
+    with _on(job.statistics):
+        module.row_divergence[(job.n,)](
+            *_side(job.student),
+            *_side(job.teacher),
+            job.parameter0,
+            job.parameter1,
+            job.statistics if job.labels is None else job.labels,
+            job.soft_weight,
+            job.hard_weight,
+            job.statistics,
+            job.terms,
+            job.vocab,
+            OBJECTIVE=job.objective,
+            STATISTICS=bool(phases & STATISTICS),
+            TERMS=bool(phases & TERMS),
+            GRADIENT=bool(phases & GRADIENT),
+            LABELS=job.labels is not None,
+            ENTROPIES=job.entropies,
+            STUDENT_CAPPED=job.student.softcap != 0,
+            TEACHER_CAPPED=job.teacher.softcap != 0,
+            STUDENT_GRAD=student_grad,
+            TEACHER_GRAD=teacher_grad,
+            STUDENT_SUM=student_sum,
+            TEACHER_SUM=teacher_sum,
+            FUSED=fused,
+            ALIGNMENT=_ALIGNMENT if _aligned(job.student, job.teacher) else 1,
+            BLOCK=block,
+            F=module.tl.float64 if wide else module.tl.float32,
+            **options(num_warps),
+        )
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,280 @@
+"""What only a GPU can prove. ``pytest -m gpu``; elsewhere each test says why it is skipped."""
+
+import pytest
+import torch
+from cases import DTYPES, OBJECTIVES, OPTIONS, SHAPING, SOURCES, Batch, error, leaves
+from plain import compare, copy, gradients, widened
+
+import kd_kernels as kd
+from kd_kernels.reference.dense import dense_distill
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
+]
+IDS = {"ids": lambda x: x.name if isinstance(x, kd.Objective) else str(x).replace("torch.", "")}
+SMALL = {"workspace_bytes": 64 << 10}
+
+
+class GpuBatch(Batch):
+    """The shared random models, on the GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tensors = {name: tensor.cuda() for name, tensor in self.tensors.items()}
+        for name in ("labels", "mask", "weight", "temperature", "upstream"):
+            setattr(self, name, getattr(self, name).cuda())
+
+
+def heads(tokens: int, vocab: int, dtype: torch.dtype, grad: bool = True) -> tuple[kd.Head, kd.Head]:
+    batch = GpuBatch(lead=(tokens,), vocab=vocab, student_width=64, teacher_width=96)
+    return batch.source("student", "head", dtype), batch.source("teacher", "head", dtype, grad=False)
+
+
+def step(student: kd.Head, teacher: kd.Head, objective: kd.Objective, **options) -> list[torch.Tensor]:
+    loss = kd.distill(student, teacher, objective, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, [student.hidden, student.weight])]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+@pytest.mark.parametrize("kinds", SOURCES, ids="x".join)
+@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+def test_sources_and_dtypes(objective, kinds, dtype):
+    batch = GpuBatch()
+    student, teacher = (batch.source(side, kind, dtype) for side, kind in zip(("student", "teacher"), kinds))
+    for compact in (True, False):
+        options = OPTIONS["cross-entropy"](batch)
+        compare(batch, student, teacher, objective, "triton", compact=compact, **SMALL, **options)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(objective, option):
+    batch = GpuBatch(seed=1)
+    for kinds in SOURCES:
+        student, teacher = (
+            batch.source(side, kind, torch.float32) for side, kind in zip(("student", "teacher"), kinds)
+        )
+        compare(batch, student, teacher, objective, "triton", **SMALL, **OPTIONS[option](batch))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+@pytest.mark.parametrize("shaping", SHAPING)
+def test_bias_scale_softcap(objective, shaping):
+    batch = GpuBatch(seed=2)
+    for kinds in SOURCES:
+        student, teacher = (
+            batch.source(side, kind, torch.float64, **SHAPING[shaping])
+            for side, kind in zip(("student", "teacher"), kinds)
+        )
+        compare(batch, student, teacher, objective, "triton", **SMALL, **OPTIONS["everything"](batch))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+@pytest.mark.parametrize("vocab", [32000, 50257, 128256, 151936, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
+def test_real_vocabularies(objective, vocab, dtype):
+    batch = GpuBatch(lead=(70,), vocab=vocab, student_width=32, teacher_width=48)
+    student = batch.source("student", "head", dtype)
+    teacher = batch.source("teacher", "head", dtype, grad=False)
+    compare(batch, student, teacher, objective, "triton")
+
+
+def test_more_than_2_to_the_31_logits():
+    tokens, vocab = 17000, 131072
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GiB of device memory")
+    logits = torch.randn(tokens, vocab, device="cuda", dtype=torch.bfloat16)
+    teacher = logits.roll(1, 0)
+    last = slice(tokens - 8, tokens)
+    value = kd.distill(logits, teacher, kd.JensenShannon(), reduction="none", backend="triton")
+    exact = dense_distill(
+        kd.Logits(logits[last].double()),
+        kd.Logits(teacher[last].double()),
+        kd.JensenShannon(),
+        reduction="none",
+    )
+    assert error(value[last], exact) < 1e-4
+
+
+def test_a_hundred_runs_are_bitwise_equal():
+    student, teacher = heads(300, 32000, torch.bfloat16)
+    first = step(student, teacher, kd.JensenShannon())
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(student, teacher, kd.JensenShannon())))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_host_synchronisations(compact):
+    """None with compact=False; with compact=True one, for the number of tokens that count."""
+    student, teacher = heads(64, 1000, torch.bfloat16)
+    labels = torch.randint(0, 1000, (64,), device="cuda")
+    labels[::3] = -100
+    options = {"labels": labels, "hard_weight": 0.5, "temperature": 2.0, "compact": compact}
+    step(student, teacher, kd.JensenShannon(), **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error" if not compact else "warn")
+    try:
+        with pytest.warns() if compact else _nothing() as caught:
+            step(student, teacher, kd.JensenShannon(), **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if compact:
+        assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
+class _nothing:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *exception):
+        return None
+
+
+def test_graph_capture_and_replay():
+    student, teacher = heads(128, 4000, torch.bfloat16)
+    options = {"compact": False, "mask": torch.rand(128, device="cuda") < 0.7}
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(student, teacher, kd.SkewKL(), **options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(student, teacher, kd.SkewKL(), **options)
+    with torch.no_grad():
+        student.hidden.copy_(torch.randn_like(student.hidden))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(student, teacher, kd.SkewKL(), **options)))
+
+
+def test_two_streams_and_no_growth():
+    student, teacher = heads(256, 8000, torch.bfloat16)
+    expected = step(student, teacher, kd.ReverseKL())
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            results.append(step(student, teacher, kd.ReverseKL()))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for result in results for a, b in zip(expected, result))
+    del results
+    before = torch.cuda.memory_allocated()
+    for _ in range(100):
+        step(student, teacher, kd.ReverseKL())
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_peak_memory_stays_within_the_workspace():
+    student, teacher = heads(4096, 64000, torch.bfloat16)
+    budget = 256 << 20
+    step(student, teacher, kd.JensenShannon(), workspace_bytes=budget)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, d_hidden, d_weight = step(student, teacher, kd.JensenShannon(), workspace_bytes=budget)
+    torch.cuda.synchronize()
+    gradients = d_hidden.nbytes + d_weight.nbytes + 4 * d_weight.numel()
+    assert torch.cuda.max_memory_allocated() - before <= budget + gradients + (32 << 20)
+
+
+def test_compilations_do_not_grow_with_values():
+    from kd_kernels.triton_kernels.row_divergence import row_divergence
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for cache in row_divergence.device_caches.values())
+
+    def call(vocab: int, temperature: float, beta: float) -> None:
+        step(*heads(8, vocab, torch.float32), kd.JensenShannon(beta), temperature=temperature)
+
+    call(32000, 1.0, 0.5)
+    before = compiled()
+    for vocab, temperature, beta in ((32016, 1.5, 0.3), (64000, 2.0, 0.1), (128256, 3.7, 0.9)):
+        call(vocab, temperature, beta)
+    assert compiled() == before
+    call(50257, 1.0, 0.5)  # not divisible: one more
+    call(50259, 1.0, 0.5)
+    assert compiled() <= before + 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_device_guard():
+    batch = Batch()
+    on = {name: tensor.to("cuda:1", torch.float32) for name, tensor in batch.tensors.items()}
+    loss = kd.distill(
+        kd.Head(on["student hidden"], on["student weight"]),
+        kd.Head(on["teacher hidden"], on["teacher weight"]),
+        kd.ForwardKL(),
+    )
+    assert loss.device == torch.device("cuda:1") and torch.isfinite(loss)
+
+
+def test_grad_scaler_and_autocast():
+    model = torch.nn.Linear(64, 4000, bias=False, device="cuda")
+    hidden = torch.randn(96, 64, device="cuda", requires_grad=True)
+    teacher = torch.randn(96, 4000, device="cuda")
+    exact = dense_distill(
+        kd.Head(hidden.double(), model.weight.double()), kd.Logits(teacher.double()), kd.ReverseKL()
+    )
+    (want,) = torch.autograd.grad(exact, model.weight)
+    for dtype in (torch.float16, torch.bfloat16):
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        with torch.autocast("cuda", dtype):
+            loss = kd.distill(kd.Head(hidden, model.weight), teacher, kd.ReverseKL())
+        model.zero_grad()
+        scaler.scale(loss).backward()
+        got = model.weight.grad / scaler.get_scale()
+        assert got.dtype == torch.float32 and error(got, want) < 2e-2
+
+
+def test_a_tiny_student_converges_as_the_reference_does():
+    torch.manual_seed(0)
+    teacher = torch.randn(512, 2000, device="cuda") * 2
+    inputs = torch.randn(512, 48, device="cuda")
+    curves = {}
+    for backend in ("triton", "reference"):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.Tanh()).cuda()
+        head = torch.nn.Linear(64, 2000, device="cuda")
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+        curve = []
+        for _ in range(60):
+            loss = kd.distill(
+                kd.Head(model(inputs), head.weight, head.bias),
+                teacher,
+                kd.JensenShannon(0.3),
+                backend=backend,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves[backend] = torch.tensor(curve)
+    assert curves["triton"][-1] < 0.8 * curves["triton"][0]
+    assert torch.allclose(curves["triton"], curves["reference"], rtol=1e-3)
+
+
+def test_a_bad_label_is_never_read(monkeypatch):
+    student, teacher = heads(16, 500, torch.float32)
+    labels = torch.randint(0, 500, (16,), device="cuda")
+    labels[3] = 10**9
+    value = kd.distill(student, teacher, kd.ForwardKL(), labels=labels, hard_weight=1.0, reduction="none")
+    assert torch.isnan(value[3]) and torch.isfinite(value[:3]).all() and torch.isfinite(value[4:]).all()
+    monkeypatch.setenv("KD_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="labels must be in"):
+        kd.distill(student, teacher, kd.ForwardKL(), labels=labels, hard_weight=1.0)
+
+
+def test_backward_of_per_token_losses():
+    batch = GpuBatch()
+    student, teacher = (batch.source(side, "head", torch.float32) for side in ("student", "teacher"))
+    sources = [copy(student), copy(teacher)]
+    loss = kd.distill(*sources, kd.SkewReverseKL(), reduction="none", teacher_grad=True)
+    exact = [widened(student, torch.float64), widened(teacher, torch.float64)]
+    want = dense_distill(*exact, kd.SkewReverseKL(), reduction="none")
+    for got, true in zip(gradients(loss, sources, batch.upstream), gradients(want, exact, batch.upstream)):
+        assert error(got, true) < 1e-4
+    assert len(leaves(*sources)) == 4
