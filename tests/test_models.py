@@ -191,6 +191,12 @@ def check(model: nn.Module, **inputs) -> None:
     assert torch.isfinite(logits).all() and logits.std() > 0.3, "the test is vacuous"
     assert hidden.shape[:-1] == logits.shape[:-1]
     assert error(logits_of(head), logits) < 2e-6
+    shaping = SHAPING.get(model.config.model_type, Shaping())
+    if shaping.hidden_over or shaping.hidden_over_root:  # cancels in the logits
+        with torch.no_grad():
+            output = model(**inputs, output_hidden_states=True)
+        states = getattr(output, "decoder_hidden_states", None) or output.hidden_states
+        assert error(hidden, states[-1]) < 2e-6
     for change in shaping_left_out(head):
         other = dataclasses.replace(head, **change)
         assert error(logits_of(other)[..., : logits.shape[-1]], logits) > 1e-2, change
