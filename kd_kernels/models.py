@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from kd_kernels.model_types import BY_HAND, factors_of
 from kd_kernels.output_layer import (
     TENSOR_PARALLEL,
-    is_dtensor,
     linear_layer,
     ordinary,
     peft_class,
     with_lora,
 )
-from kd_kernels.sources import Head
+from kd_kernels.sources import Head, is_dtensor
 
 # --- the two public functions ---------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_kernels.model_types import BY_HAND
-from kd_kernels.sources import FLOATING
+from kd_kernels.sources import FLOATING, is_dtensor
 
 
 def peft_class(module: nn.Module) -> Optional[type]:
@@ -107,14 +107,6 @@ TENSOR_PARALLEL = (
     "The vocabulary-parallel route, which would compute on the shards, is not part of this release; gather "
     "the weight first and pass it: kd.Head(hidden, weight.full_tensor(), ...)"
 )
-
-
-def is_dtensor(tensor: object) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def ordinary(what: str, tensor: Tensor, model: nn.Module, layer: nn.Module, hidden: Tensor) -> Tensor:

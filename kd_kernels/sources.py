@@ -11,10 +11,15 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def is_dtensor(tensor: object) -> bool:
+    """By name: importing torch.distributed takes a while, and not every torch has it."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def _check_floating(owner: str, name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{owner}: {name} must be a tensor, got {type(tensor).__name__}")
-    if type(tensor).__name__ == "DTensor":
+    if is_dtensor(tensor):
         raise TypeError(
             f"{owner}: {name} is a DTensor; use kd.Head.from_model(model, hidden), which gathers FSDP2's, or "
             f"pass {name}.full_tensor()"

@@ -198,7 +198,9 @@ def test_bfloat16_keeps_small_updates():
 
 REFUSED = {
     "DoRA": (lambda: lora("lm_head", use_dora=True), "adapter 'default' on the output layer is Dora"),
-    "aLoRA": (lambda: lora("lm_head", task_type="CAUSAL_LM", alora_invocation_tokens=[3]), "adapter 'default' .* is ALora"),
+    "aLoRA": (
+        lambda: lora("lm_head", task_type="CAUSAL_LM", alora_invocation_tokens=[3]),
+        "adapter 'default' .* is ALora"),
     "IA3": (lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "PEFT's Linear on"),
     "LoHa": (lambda: peft.LoHaConfig(target_modules=["lm_head"]), "PEFT's Linear on|PEFT's LoHa"),
     "a parameter": (

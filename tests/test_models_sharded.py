@@ -259,7 +259,7 @@ def check_tensor_parallel(world, rank, mesh):
     model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Replicate()]))
     head = kd.Head.from_model(model, torch.randn(3, WIDTH))
     assert error(head.weight, toy().lm_head.weight) < 1e-7
-    with pytest.raises(TypeError, match="hidden is a DTensor"):
+    with pytest.raises(TypeError, match=r"Head\.from_model: hidden is a DTensor; pass hidden\.to_local"):
         kd.Head.from_model(model, distribute_tensor(torch.randn(4, WIDTH), mesh, [Shard(0)]))
     with pytest.raises(TypeError, match="weight is a DTensor.*from_model"):
         kd.Head(torch.randn(3, WIDTH), model.lm_head.weight)
