@@ -159,11 +159,12 @@ def factors_of(owner: str, causal: nn.Module) -> Factors:
 def _check_plain(owner: str, kind: str, config: Any, text_config: Any) -> None:
     """Refuse a model type that is not in the table and may do something to its logits."""
     unknown = f"{owner}: model type {kind!r} is not in the table of kd_kernels.model_types and"
-    for name, neutral in SIGNALS.items():
-        found = getattr(text_config, name, None)
-        nothing = getattr(text_config, neutral, None) if isinstance(neutral, str) else neutral
-        if found is not None and found != nothing:
-            raise ValueError(f"{unknown} has {name}={found!r}, which may shape its logits; {BY_HAND}")
+    for part in (config, text_config):
+        for name, neutral in SIGNALS.items():
+            found = getattr(part, name, None)
+            nothing = getattr(part, neutral, None) if isinstance(neutral, str) else neutral
+            if found is not None and found != nothing:
+                raise ValueError(f"{unknown} has {name}={found!r}, which may shape its logits; {BY_HAND}")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{unknown} is an encoder-decoder, some of which scale what enters the output layer; {BY_HAND}"

@@ -417,6 +417,15 @@ def test_unknown_models_that_announce_something(name):
             call(model, torch.randn(3, 8))
 
 
+def test_either_part_of_a_composite_config_may_announce_it():
+    for whole, text in (({"logit_scale": 3}, {}), ({}, {"logit_scale": 3})):
+        model = Unknown(**whole)
+        part = SimpleNamespace(**text)
+        model.config.get_text_config = lambda decoder, part=part: part
+        with pytest.raises(ValueError, match="logit_scale=3"):
+            kd.Head.from_model(model, torch.randn(3, 8))
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_model_types_that_are_refused(kind):
     model = Unknown()
