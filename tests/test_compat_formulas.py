@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Batch
-from compat_check import assert_same, evaluate, leaves
+from compat_check import assert_same, leaves
 
 from kd_kernels.compat import automodel, modelopt, torchtune
 
@@ -159,7 +159,9 @@ def test_automodel(ignore_index, num_batch_labels, temperature, dtype):
     )
     flat = [x.flatten(0, 1) for x in tensors]
     assert_same(
-        lambda s, t: automodel.KDLoss(ignore_index, temperature, chunk_size=2)(s, t, labels, num_batch_labels),
+        lambda s, t: automodel.KDLoss(ignore_index, temperature, chunk_size=2)(
+            s, t, labels, num_batch_labels
+        ),
         automodel_formula(labels, ignore_index, temperature, num_batch_labels),
         flat,
         dtype,
@@ -174,7 +176,7 @@ def test_automodel_without_a_token():
     assert loss == 0 and torch.autograd.grad(loss, student)[0].abs().sum() == 0
 
 
-# --- ModelOpt: modelopt/torch/distill/{losses.py, plugins/megatron.py} (0.47) ----------------------------
+# --- ModelOpt: modelopt/torch/distill/{losses.py, plugins/*.py} (0.47) ----------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,29 +209,53 @@ def test_modelopt_megatron(tuples, reverse, temperature, dtype):
 
 def modelopt_hf(temperature, reduction):
     def loss(student, teacher):
-        log_q = F.log_softmax(student / temperature, -1).flatten(0, -2)
-        p = F.softmax(teacher / temperature, -1).flatten(0, -2)
-        return F.kl_div(log_q, p.detach(), reduction=reduction) * temperature**2
+        log_q = F.log_softmax(student / temperature, -1)
+        p = F.softmax(teacher / temperature, -1)
+        terms = F.kl_div(log_q, p.detach(), reduction="none") * temperature**2
+        return {
+            "mean": lambda: terms.mean(),
+            "batchmean": lambda: terms.sum() / terms.shape[0],
+            "sum": lambda: terms.sum(),
+            "none": lambda: terms.sum(-1),
+        }[reduction]()
 
     return loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
-def test_modelopt_logits_distillation(reduction, temperature, dtype):
-    _, tensors = logits()
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+@pytest.mark.parametrize("lead", [(3, 8), (24,)], ids=str)
+def test_modelopt_logits_distillation(lead, reduction, temperature, dtype):
+    _, tensors = logits(lead)
     loss = modelopt.LogitsDistillationLoss(temperature, reduction)
     assert_same(loss, modelopt_hf(temperature, reduction), tensors, dtype)
 
 
-def test_modelopt_model_outputs():
-    _, tensors = logits()
-    inputs = leaves(tensors, torch.float32)
-    outputs = [SimpleNamespace(logits=x) for x in inputs]
-    loss = modelopt.LMLogitsLoss(temperature=2.0)(*outputs)
-    assert torch.equal(loss, modelopt.LogitsDistillationLoss(temperature=2.0)(*inputs))
-    assert evaluate(lambda *_: modelopt.LMLogitsLoss()(*outputs), inputs)[1].abs().sum() > 0
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_modelopt_trainer(dtype, with_labels):
+    """``KDTrainer._standard_kd_loss``."""
+    batch, tensors = logits()
+    labels = batch.labels if with_labels else None
+
+    def theirs(student, teacher):
+        per_token = modelopt_hf(2.0, "none")(wide(student[..., :-1, :]), wide(teacher[..., :-1, :]))
+        if labels is None:
+            return per_token.mean()
+        mask = labels[..., 1:] != -100
+        return (per_token * mask).sum() / mask.sum().clamp(min=1)
+
+    assert_same(lambda s, t: modelopt.standard_kd_loss(s, t, labels, 2.0), theirs, tensors, dtype)
+
+
+def test_modelopt_trainer_takes_heads():
+    batch = Batch()
+    heads = [batch.source(side, "head", torch.float32) for side in ("student", "teacher")]
+    dense = [x.hidden @ x.weight.T for x in heads]
+    for labels in (None, batch.labels):
+        a, b = (modelopt.standard_kd_loss(*x, labels, 2.0) for x in (heads, dense))
+        assert torch.isclose(a, b, rtol=1e-5)
 
 
 # --- refusals --------------------------------------------------------------------------------------------
@@ -255,8 +281,8 @@ REFUSED = {
     "automodel temperature": (lambda: automodel.KDLoss(temperature=0.0)(Z, Z, LABELS), ValueError, "temperature must be"),
     "modelopt tensor parallel": (lambda: modelopt.LogitsKLLoss(TWO_RANKS), ValueError, "tensor_model_parallel_size is 2"),
     "modelopt DTensor": (lambda: modelopt.LogitsKLLoss(None)(SHARDED[None], Z[None]), TypeError, "predictions is a DTensor"),
-    "modelopt none": (lambda: modelopt.LogitsDistillationLoss(reduction="none"), ValueError, r"\[tokens, vocab\] terms"),
-    "modelopt reduction": (lambda: modelopt.LogitsDistillationLoss(reduction="avg"), ValueError, "reduction must be one of batchmean, mean, sum"),
+    "modelopt reduction": (lambda: modelopt.LogitsDistillationLoss(reduction="avg"), ValueError, "reduction must be mean, batchmean, sum or none"),
+    "modelopt trainer DTensor": (lambda: modelopt.standard_kd_loss(SHARDED, Z), TypeError, "student is a DTensor"),
     "modelopt hf DTensor": (lambda: modelopt.LogitsDistillationLoss()(Z, SHARDED), TypeError, "logits_t is a DTensor"),
 }  # fmt: skip
 

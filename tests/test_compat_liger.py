@@ -1,7 +1,12 @@
-"""compat.liger against liger-kernel: against its chunked losses, which run on CPU, and for its Triton
-modules, which want a GPU, against the arithmetic of its kernels, written plainly."""
+"""compat.liger against liger-kernel: its chunked losses, its Triton modules through Triton's interpreter
+(float32, compat_liger_triton.py), and their arithmetic written plainly, for all that the interpreter is too
+slow or too inexact for."""
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +103,24 @@ def test_signatures_are_the_library_s():
 
 
 # --- the Triton modules: liger_kernel/ops/{jsd,fused_linear_jsd,kl_div,fused_linear_kl_div,tvd}.py -------
+
+
+def test_triton_modules_through_the_interpreter():
+    pytest.importorskip("triton", reason=ABSENT)
+    pytest.importorskip("liger_kernel", reason=ABSENT)
+    tests = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, tests / "compat_liger_triton.py"],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("same: ") == 36
 
 
 def jsd_rows(log_q, log_p, beta):
@@ -250,7 +273,10 @@ def test_nothing_counts():
     for function, inputs in (
         (lambda *x: liger.LigerFusedLinearJSDLoss()(*x, nothing), hidden),
         (lambda *x: liger.LigerFusedLinearJSD()(*x, nothing), hidden),
-        (lambda s, w, p: liger.LigerFusedLinearKLDivLoss()(s, w, p, nothing), [*hidden[:2], probabilities[1]]),
+        (
+            lambda s, w, p: liger.LigerFusedLinearKLDivLoss()(s, w, p, nothing),
+            [*hidden[:2], probabilities[1]],
+        ),
         (lambda s, t: liger.LigerJSD()(s.log(), t.log(), nothing), probabilities),
         (lambda s, t: liger.LigerTVDLoss()(s, t, nothing), probabilities),
     ):

@@ -158,7 +158,9 @@ def test_chunked_divergence_loss(num_items, beta):
         return loss
 
     theirs = distillation_trainer._chunked_divergence_loss
-    assert_same(call(compat.chunked_divergence_loss), call(theirs), chunked_inputs(batch, True), torch.float32)
+    assert_same(
+        call(compat.chunked_divergence_loss), call(theirs), chunked_inputs(batch, True), torch.float32
+    )
     (entropy, count), (their_entropy, their_count) = outputs[:2]
     assert error(entropy, their_entropy) < 1e-5 and count == their_count == mask.sum()
 
@@ -210,7 +212,12 @@ def conversations(rows=4):
 
     return datasets.Dataset.from_list(
         [
-            {"messages": [{"role": "user", "content": say(3 + i)}, {"role": "assistant", "content": say(8 - i)}]}
+            {
+                "messages": [
+                    {"role": "user", "content": say(3 + i)},
+                    {"role": "assistant", "content": say(8 - i)},
+                ]
+            }
             for i in range(rows)
         ]
     )
@@ -220,8 +227,8 @@ def gkd_trainer(path, student="llama", cls=None, **options):
     torch.manual_seed(1)
     arguments = {
         "output_dir": str(path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2,
-        "lmbda": 0.0, "beta": 0.3, "max_length": 64, "max_new_tokens": 5, "bf16": False, "save_strategy": "no",
-        "gradient_checkpointing": False, "disable_tqdm": True, "logging_strategy": "no", "optim": "sgd",
+        "lmbda": 0.0, "beta": 0.3, "max_length": 64, "max_new_tokens": 5, "bf16": False,
+        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "optim": "sgd",
         "learning_rate": 0.05, "max_grad_norm": 0.0, "seed": 3, **options,
     }  # fmt: skip
     return (cls or GKDTrainer)(
@@ -293,6 +300,7 @@ def test_gkd_beta_is_the_trainer_s(tmp_path):
 def test_gkd_on_policy_and_evaluation(tmp_path):
     """A whole ``training_step`` with ``generate`` in it, and ``evaluate``."""
     trainer = gkd_trainer(tmp_path, lmbda=1.0)
+    trainer.current_gradient_accumulation_steps = 1  # train() would have set it
     inputs = first_batch(trainer)
     results = []
     for head in (False, True):
@@ -364,16 +372,15 @@ def test_gkd_class_and_subclass(tmp_path):
         assert cls.compute_loss is own and "compute_loss" not in vars(Mine)
 
 
-def test_gkd_under_ddp_and_gathered_weights(tmp_path):
+def test_gkd_under_ddp(tmp_path):
     """One process: the loss goes through DDP's forward, so that its gradient reduction notices."""
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         trainer = gkd_trainer(tmp_path)
         inputs = first_batch(trainer)
         dense = step(trainer, inputs)
-        wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model, find_unused_parameters=True)
         calls = []
         wrapped.register_forward_hook(lambda *_: calls.append(1))
         with compat.use_in_gkd(trainer):
@@ -382,21 +389,6 @@ def test_gkd_under_ddp_and_gathered_weights(tmp_path):
             loss.backward()
         assert calls == [1]
         assert close([loss.detach(), *(p.grad for p in trainer.model.parameters())], dense)
-
-        batch = Batch(lead=(3, 5))
-        h, w, b, t, v, c = (x.float() for x in chunked_inputs(batch, True))
-        mesh = init_device_mesh("cpu", (1,))
-        results = []
-        for sharded in (False, True):
-            weight = w.clone().requires_grad_()
-            given = distribute_tensor(weight, mesh, [Shard(0)]) if sharded else weight
-            loss, *_ = compat.chunked_divergence_loss(h, t, given, v, batch.mask, 0.3)
-            (gradient,) = torch.autograd.grad(loss, given)
-            results.append([loss, gradient.full_tensor() if sharded else gradient])
-            if sharded:
-                with pytest.raises(TypeError, match="student_weight is a DTensor"):
-                    compat.ChunkedDivergenceFunction.apply(h[0], given, None, t[0], v, None, 0.3)
-        assert close(*results, bar=1e-6)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -482,7 +474,10 @@ REFUSED = {
         lambda: compat.ChunkedDivergenceFunction.apply(H, W, None, H, G, None, 0.5),
         "9 vocabulary entries and teacher 11",
     ),
-    "ZeRO-3": (lambda: compat.ChunkedDivergenceFunction.apply(H, W[:0], None, H, W, None, 0.5), "gather it first"),
+    "ZeRO-3": (
+        lambda: compat.ChunkedDivergenceFunction.apply(H, W[:0], None, H, W, None, 0.5),
+        "gather it first",
+    ),
 }
 
 

@@ -23,11 +23,18 @@ def check_reduction(owner: str, reduction: str) -> None:
             f'kd.distill(..., reduction="none") gives the loss of each token'
         )
     if reduction not in KL_DIV_REDUCTIONS:
-        raise ValueError(f"{owner}: reduction must be one of {', '.join(KL_DIV_REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(
+            f"{owner}: reduction must be one of {', '.join(KL_DIV_REDUCTIONS)}, got {reduction!r}"
+        )
 
 
 def reduced(
-    owner: str, reduction: str, student: Source | Tensor, teacher: Source | Tensor, objective: Objective, **options
+    owner: str,
+    reduction: str,
+    student: Source | Tensor,
+    teacher: Source | Tensor,
+    objective: Objective,
+    **options,
 ) -> Tensor:
     """:func:`kd_kernels.distill` with the reductions of ``torch.nn.KLDivLoss``: ``"batchmean"`` is
     sum / tokens that count, ``"mean"`` that / vocabulary entries, ``"sum"``."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
-from kd_kernels.compat._shared import check_reduction, reduced, refuse_sharded
-from kd_kernels.distill import distill
+from kd_kernels.compat._shared import refuse_sharded
+from kd_kernels.distill import distill, next_token_labels
 from kd_kernels.objectives import ForwardKL, ReverseKL
+from kd_kernels.sources import Source, as_source
 
-__all__ = ["LMLogitsLoss", "LogitsDistillationLoss", "LogitsKLLoss"]
+__all__ = ["LogitsDistillationLoss", "LogitsKLLoss", "standard_kd_loss"]
 
 
 class LogitsKLLoss(torch.nn.Module):
@@ -28,8 +31,8 @@ class LogitsKLLoss(torch.nn.Module):
         size = getattr(model_config, "tensor_model_parallel_size", 1)
         if size != 1:
             raise ValueError(
-                f"LogitsKLLoss: model_config.tensor_model_parallel_size is {size}; vocabulary-parallel logits "
-                f"are not covered: use ModelOpt's own LogitsKLLoss, or gather the logits"
+                f"LogitsKLLoss: model_config.tensor_model_parallel_size is {size}; vocabulary-parallel "
+                f"logits are not covered: use ModelOpt's own LogitsKLLoss, or gather the logits"
             )
         self._temperature = temperature
         self._reverse = reverse
@@ -53,38 +56,67 @@ class LogitsKLLoss(torch.nn.Module):
 class LogitsDistillationLoss(torch.nn.Module):
     """``modelopt.torch.distill.LogitsDistillationLoss``: ``KL(p || q) T^2`` over all tokens.
 
-    Differs: ``reduction="none"`` (``[tokens, V]`` terms) is refused; softmax is float32, not the logits'
-    dtype.
+    Differs: softmax is float32, not the logits' dtype. (Releases before 0.47 reduced otherwise.)
 
     Args:
         temperature: > 0, of both models; the loss is multiplied by its square.
-        reduction: ``"batchmean"`` (sum / tokens), ``"mean"`` (sum / (tokens V)) or ``"sum"``.
+        reduction: ``"mean"``: sum / (tokens V); ``"batchmean"``: sum / size of the first dimension;
+            ``"sum"``; ``"none"``: per token.
     """
 
-    def __init__(self, temperature: float = 1.0, reduction: str = "batchmean") -> None:
+    def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
-        check_reduction(type(self).__name__, reduction)
+        if reduction not in ("mean", "batchmean", "sum", "none"):
+            raise ValueError(
+                f"LogitsDistillationLoss: reduction must be mean, batchmean, sum or none, got {reduction!r}"
+            )
         self._temperature = temperature
         self._reduction = reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        """Student's and teacher's logits ``[..., V]``; a 0-d loss."""
-        refuse_sharded(type(self).__name__, logits_s=logits_s, logits_t=logits_t)
-        return reduced(
-            type(self).__name__,
-            self._reduction,
+        """Student's and teacher's logits ``[..., V]``; a 0-d loss, or ``[...]``."""
+        refuse_sharded("LogitsDistillationLoss", logits_s=logits_s, logits_t=logits_t)
+        loss = distill(
             logits_s,
             logits_t,
             ForwardKL(),
             temperature=self._temperature,
             temperature_squared=True,
+            reduction=self._reduction,
         )
+        return loss / logits_s.shape[-1] if self._reduction == "mean" else loss
 
 
-class LMLogitsLoss(LogitsDistillationLoss):
-    """``modelopt.torch.distill.plugins.huggingface.LMLogitsLoss``: :class:`LogitsDistillationLoss` of two
-    model outputs' ``.logits``. Differs: as that does."""
+def standard_kd_loss(
+    student: Tensor | Source,
+    teacher: Tensor | Source,
+    labels: Optional[Tensor] = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The loss of ``modelopt.torch.distill.plugins.huggingface.KDTrainer`` (``_standard_kd_loss``):
+    ``KL(p || q) T^2``, the mean over tokens whose *next* label is not -100.
 
-    def forward(self, out_student: object, out_teacher: object) -> Tensor:
-        """Outputs with ``.logits`` ``[..., V]``; a 0-d loss."""
-        return super().forward(out_student.logits, out_teacher.logits)
+    Differs: takes :class:`kd_kernels.Head` too; whatever masked tokens hold, NaN included, stays out.
+
+    Args:
+        student, teacher: logits ``[..., T, V]``, or heads on ``[..., T, D]``, not shifted.
+        labels: ``[..., T]``, not shifted; None: every token but the last of each sequence counts.
+        temperature: > 0, of both models.
+
+    Returns:
+        0-d.
+    """
+    student = as_source("student", student)
+    refuse_sharded(
+        "standard_kd_loss", student=student.tensors()[0], teacher=as_source("teacher", teacher).tensors()[0]
+    )
+    if labels is None:
+        labels = torch.zeros(student.leading_shape, dtype=torch.int64, device=student.tensors()[0].device)
+    return distill(
+        student,
+        teacher,
+        ForwardKL(),
+        labels=next_token_labels(labels),
+        temperature=temperature,
+        temperature_squared=True,
+    )

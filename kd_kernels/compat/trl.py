@@ -332,8 +332,8 @@ def _through(wrapper: torch.nn.Module, model: torch.nn.Module, function: Callabl
 
         return _ForwardRedirection()(wrapper, model, function)
     raise TypeError(
-        f"use_in_gkd serves a bare model or DistributedDataParallel, got {type(wrapper).__name__}; undo it, or "
-        f"train without that wrapper"
+        f"use_in_gkd serves a bare model or DistributedDataParallel, got {type(wrapper).__name__}; undo it, "
+        f"or train without that wrapper"
     )
 
 
@@ -346,8 +346,8 @@ def _model_head(name: str, model: torch.nn.Module, inputs: dict[str, Tensor]) ->
     linear = model.get_output_embeddings()
     if type(linear) is not torch.nn.Linear or type(linear.weight.data) is not Tensor:
         raise TypeError(
-            f"use_in_gkd: the {name}'s head must be a plain torch.nn.Linear, got {type(linear).__name__} with a "
-            f"{type(linear.weight.data).__name__} weight (adapters on the head, quantised or sharded heads)"
+            f"use_in_gkd: the {name}'s head must be a plain torch.nn.Linear, got {type(linear).__name__} of "
+            f"{type(linear.weight.data).__name__} (adapters on the head, quantised or sharded heads)"
         )
     hidden = model.base_model(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
