@@ -14,6 +14,11 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def _check_floating(owner: str, name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{owner}: {name} must be a tensor, got {type(tensor).__name__}")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{owner}: {name} is a DTensor; use kd.Head.from_model(model, hidden), which gathers FSDP2's, or "
+            f"pass {name}.full_tensor()"
+        )
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{owner}: {name} has dtype {tensor.dtype}; float32, bfloat16, float16 and float64 are "
@@ -88,6 +93,36 @@ class Head:
     def tensors(self) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
         """(values, weight, bias) as the ops take them."""
         return self.hidden, self.weight, self.bias
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module, hidden: Tensor) -> Head:
+        """The head of a Hugging Face language model: its output layer and all else it does to logits.
+
+        Finds bias, tied weights, multipliers on logits or on hidden states, softcap, padded vocabulary
+        (docs/models.md lists the model types), looking inside DDP, FSDP, DeepSpeed, ``torch.compile`` and
+        PEFT wrappers. PEFT: LoRA below the head needs nothing; LoRA on the head enters as extra features
+        and columns, dropout and several adapters included, with gradients to A and B, at the price of one
+        copy of the weight; ``modules_to_save`` is taken where it is active.
+
+        FSDP2's sharded tensors are gathered here, once, so every rank must call this. Their gradients are
+        averaged over the ranks as FSDP2 does, and with ``reduction="none"`` the gathered weight is kept for
+        the backward; to have it gathered there again instead, put this call and :func:`distill` into
+        ``torch.utils.checkpoint.checkpoint``.
+
+        Args:
+            model: has ``get_output_embeddings()`` and ``config``; the whole model as it is trained.
+            hidden: ``[..., D]``, the backbone's last hidden state (:func:`kd_kernels.last_hidden_state`).
+
+        Raises:
+            TypeError: not such a model; a quantised head or one that is no linear layer.
+            ValueError: something that would be ignored otherwise, by name: an adapter other than those
+                above, modules between backbone and output layer, config attributes that shape the logits
+                of a model type that is not known, a weight sharded by tensor parallelism, by ZeRO-3 or by
+                FSDP1.
+        """
+        from kd_kernels.models import head_from_model
+
+        return head_from_model(model, hidden)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,173 @@
+"""The output layer of a model as it is found: adapters on it, weights that are sharded, packed or away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from kd_kernels.model_types import BY_HAND
+from kd_kernels.sources import FLOATING
+
+
+def peft_class(module: nn.Module) -> Optional[type]:
+    """The module's class in PEFT; FSDP2 derives its own classes from those."""
+    return next((c for c in type(module).__mro__ if c.__module__.split(".")[0] == "peft"), None)
+
+
+# --- adapters -------------------------------------------------------------------------------------------
+
+
+class Lora(NamedTuple):
+    down: nn.Linear
+    up: nn.Linear
+    dropout: nn.Module
+    scaling: float
+
+
+def linear_layer(owner: str, layer: nn.Module) -> tuple[nn.Linear, list[Lora]]:
+    """(the linear layer that gives the logits, the LoRA adapters active on it)."""
+    adapters: list[Lora] = []
+    peft = peft_class(layer)
+    if peft is not None and peft.__name__ == "ModulesToSaveWrapper":
+        copies, active = layer.modules_to_save, list(layer.active_adapters)
+        own = bool(active) and not layer.disable_adapters and all(name in copies for name in active)
+        layer = copies[active[0]] if own else layer.original_module
+    elif peft is not None and (peft.__module__, peft.__name__) == ("peft.tuners.lora.layer", "Linear"):
+        adapters = _active_lora(owner, layer)
+        layer = layer.base_layer
+    elif peft is not None:
+        raise ValueError(
+            f"{owner}: PEFT's {peft.__name__} on the output layer is not covered (LoRA on a linear layer and "
+            f"modules_to_save are); merge it, or leave the output layer out of its targets"
+        )
+    if type(layer).forward is not nn.Linear.forward:
+        raise TypeError(_not_linear(owner, layer))
+    return layer, adapters
+
+
+def _not_linear(owner: str, layer: nn.Module) -> str:
+    return (
+        f"{owner}: the output layer is a {type(layer).__module__}.{type(layer).__name__}, not a "
+        f"torch.nn.Linear with a floating weight; dequantise a quantised head first, or {BY_HAND}"
+    )
+
+
+def _active_lora(owner: str, layer: nn.Module) -> list[Lora]:
+    if layer.merged:
+        if layer.disable_adapters:
+            raise ValueError(f"{owner}: LoRA on the output layer is merged and disabled; unmerge it first")
+        return []
+    if layer.disable_adapters:
+        return []
+    adapters = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        if variant is not None or getattr(layer, "use_dora", {}).get(name):
+            kind = "DoRA" if variant is None else type(variant).__name__
+            raise ValueError(
+                f"{owner}: adapter {name!r} on the output layer is {kind}, not plain LoRA, and is not "
+                f"covered; merge it, or leave the output layer out of its targets"
+            )
+        scaling = layer.scaling[name]
+        adapters.append(Lora(layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], scaling))
+    return adapters
+
+
+def with_lora(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    adapters: list[Lora],
+    whole: Callable[[str, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """``h W' + s (dropout(h) A') B'`` as one product: ``[h, s dropout(h) A'] [W, B]'``.
+
+    Adding ``s B A`` to ``W`` instead would round small updates away in bf16, and knows no dropout.
+    """
+    features, columns = [hidden], [weight]
+    for lora in adapters:
+        down = whole("lora_A", lora.down.weight)
+        low = nn.functional.linear(lora.dropout(hidden.to(down.dtype)), down) * lora.scaling
+        features.append(low.to(hidden.dtype))
+        columns.append(whole("lora_B", lora.up.weight).to(weight.dtype))
+        if lora.up.bias is not None:
+            shift = (whole("lora_B bias", lora.up.bias) * lora.scaling).to(weight.dtype)
+            bias = shift if bias is None else bias + shift
+    return torch.cat(features, -1), torch.cat(columns, 1), bias
+
+
+# --- weights that are not whole, or not weights ---------------------------------------------------------
+
+TENSOR_PARALLEL = (
+    "The vocabulary-parallel route, which would compute on the shards, is not part of this release; gather "
+    "the weight first and pass it: kd.Head(hidden, weight.full_tensor(), ...)"
+)
+
+
+def is_dtensor(tensor: object) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def ordinary(what: str, tensor: Tensor, model: nn.Module, layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The tensor if it is an ordinary one; gathered if FSDP2 sharded it; an error that says why otherwise."""
+    if is_dtensor(tensor):
+        return _gathered(what, tensor, model, layer).to(hidden.dtype)  # as FSDP's mixed precision casts
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in FLOATING or tensor.is_quantized:
+        raise TypeError(
+            f"{what} is a {type(tensor).__name__} of {tensor.dtype}; a quantised or otherwise packed head is "
+            f"not covered: dequantise it, or keep the output layer out of quantisation"
+        )
+    if tensor.numel() == 0 and hasattr(tensor, "ds_id"):
+        raise ValueError(
+            f"{what} is empty: DeepSpeed ZeRO-3 has partitioned it (full shape "
+            f"{tuple(getattr(tensor, 'ds_shape', ()))}). Gather it around the loss and its backward: with "
+            f"deepspeed.zero.GatheredParameters(list(model.get_output_embeddings().parameters())): ..."
+        )
+    if tensor.is_meta and not hidden.is_meta:
+        raise ValueError(f"{what} is on the meta device (offloaded?); bring it to {hidden.device} first")
+    freed = not tensor.is_meta and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+    if freed or (what.endswith("weight") and tensor.dim() != 2):
+        raise ValueError(
+            f"{what} has shape {tuple(tensor.shape)}{' and freed storage' if freed else ''}: FSDP1 has "
+            f"flattened it. Use FSDP2 (fully_shard), or FullyShardedDataParallel.summon_full_params around "
+            f"the call for a head that is not trained"
+        )
+    return tensor
+
+
+def _gathered(what: str, tensor: Tensor, model: nn.Module, layer: nn.Module) -> Tensor:
+    """The full tensor of a DTensor that FSDP2 manages, differentiable.
+
+    FSDP2's tensors are told from tensor-parallel ones by the modules: some :class:`FSDPModule` of the model
+    holds the output layer, and one dimension of the mesh at most is sharded (FSDP on top of tensor
+    parallelism shards two). Every rank has gone through other data, so the gradients are summed over ranks
+    into the shards and divided by their number, as FSDP2 does by default.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Partial, Replicate
+
+    placements, mesh = tensor.placements, tensor.device_mesh
+    if all(isinstance(placement, Replicate) for placement in placements):
+        return tensor.full_tensor()
+    holders = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    managed = any(module is layer for holder in holders for module in holder.modules())
+    sharded = sum(not isinstance(placement, Replicate) for placement in placements)
+    if not managed or sharded > 1 or any(isinstance(placement, Partial) for placement in placements):
+        raise ValueError(
+            f"{what} is a DTensor with placements {placements} over {mesh}, sharded by tensor parallelism "
+            f"rather than by FSDP2. {TENSOR_PARALLEL}"
+        )
+    full = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        ranks = mesh.size()
+        full.register_hook(lambda grad: grad / ranks)
+    return full

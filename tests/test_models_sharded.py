@@ -1,0 +1,252 @@
+"""Sharded and wrapped models, two processes over gloo: the loss and gradients of one process."""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import error
+from torch import nn
+
+import kd_kernels as kd
+
+VOCAB, WIDTH = 23, 8  # 23 rows: shards of unequal size
+OBJECTIVE = kd.JensenShannon(0.3)
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.norm(x)
+
+
+class Toy(nn.Module):
+    """The shape of a causal language model, without its library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="toy")
+        self.model = Body()
+        self.lm_head = nn.Linear(WIDTH, VOCAB)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.lm_head(self.model(input_ids)))
+
+
+def toy() -> Toy:
+    torch.manual_seed(0)
+    model = Toy()
+    model.lm_head.weight.data.normal_(0, 0.5)
+    return model
+
+
+def batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(10 + rank)
+    return torch.randint(0, VOCAB, (2, 5), generator=g), torch.randn(2, 5, VOCAB, generator=g)
+
+
+def loss_of(model: nn.Module, rank: int, reduction: str = "mean") -> torch.Tensor:
+    ids, teacher = batch(rank)
+    hidden = kd.last_hidden_state(model, input_ids=ids)
+    return kd.distill(kd.Head.from_model(model, hidden), teacher, OBJECTIVE, reduction=reduction).mean()
+
+
+def expected(world: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Each rank's loss, and the gradient of their mean, in one process."""
+    model = toy()
+    losses = [loss_of(model, rank) for rank in range(world)]
+    (sum(losses) / world).backward()
+    return [loss.item() for loss in losses], {name: p.grad for name, p in model.named_parameters()}
+
+
+def compare(model: nn.Module, world: int, rank: int, reduction: str = "mean") -> None:
+    losses, gradients = expected(world)
+    for _ in range(2):  # the state that a step leaves behind must serve the next
+        model.zero_grad()
+        loss = loss_of(model, rank, reduction)
+        loss.backward()
+        assert abs(loss.item() - losses[rank]) < 1e-6
+        seen = set()
+        for name, p in model.named_parameters():
+            name = name.removeprefix("module.")
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            assert error(grad, gradients[name]) < 1e-5, name
+            seen.add(name)
+        assert seen == set(gradients)
+
+
+def sharded(model: Toy, *own: nn.Module, **options) -> Toy:
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (*model.model.layers, *own):
+        fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def check_root(world, rank, mesh):
+    """The head in the root's group, whole after the forward."""
+    compare(sharded(toy(), mesh=mesh), world, rank)
+
+
+def check_resharded_root(world, rank, mesh):
+    compare(sharded(toy(), mesh=mesh, reshard_after_forward=True), world, rank)
+
+
+def check_own_group(world, rank, mesh):
+    model = toy()
+    sharded(model, model.lm_head, mesh=mesh)
+    hidden = kd.last_hidden_state(model, input_ids=batch(rank)[0])
+    assert hasattr(model.lm_head.weight, "full_tensor"), "the test is about a sharded weight"
+    head = kd.Head.from_model(model, hidden)
+    assert not hasattr(head.weight, "full_tensor") and head.weight.shape == (VOCAB, WIDTH)
+    with torch.no_grad():
+        assert not kd.Head.from_model(model, hidden).weight.requires_grad
+    compare(model, world, rank)
+
+
+def check_per_token(world, rank, mesh):
+    model = toy()
+    compare(sharded(model, model.lm_head, mesh=mesh), world, rank, reduction="none")
+
+
+def check_gathered_again(world, rank, mesh):
+    """In a checkpoint, the gathered weight is not kept for the backward but gathered again."""
+    from torch.utils.checkpoint import checkpoint
+
+    losses, gradients = expected(world)
+    model = toy()
+    sharded(model, model.lm_head, mesh=mesh)
+    ids, teacher = batch(rank)
+    hidden = kd.last_hidden_state(model, input_ids=ids)
+    gathered = []
+
+    def loss(hidden):
+        head = kd.Head.from_model(model, hidden)
+        gathered.append(head.weight)
+        return kd.distill(head, teacher, OBJECTIVE, reduction="none").mean()
+
+    value = checkpoint(loss, hidden, use_reentrant=False)
+    assert len(gathered) == 1
+    value.backward()
+    assert len(gathered) == 2 and abs(value.item() - losses[rank]) < 1e-6
+    assert error(model.lm_head.weight.grad.full_tensor(), gradients["lm_head.weight"]) < 1e-5
+
+
+def check_hybrid(world, rank, mesh):
+    model = toy()
+    hybrid = dist.init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
+    compare(sharded(model, model.lm_head, mesh=hybrid), world, rank)
+
+
+def check_mixed_precision(world, rank, mesh):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for own in (False, True):
+        model = toy()
+        sharded(model, *([model.lm_head] if own else []), mesh=mesh, mp_policy=policy)
+        hidden = kd.last_hidden_state(model, input_ids=batch(rank)[0])
+        head = kd.Head.from_model(model, hidden)
+        assert head.hidden.dtype == head.weight.dtype == torch.bfloat16
+        loss_of(model, rank).backward()
+        grad, exact = model.lm_head.weight.grad.full_tensor(), expected(world)[1]["lm_head.weight"]
+        assert grad.dtype == torch.float32 and error(grad, exact) < 5e-2
+
+
+def check_ddp(world, rank, mesh):
+    compare(nn.parallel.DistributedDataParallel(toy()), world, rank)
+
+
+def check_backbone_called_past_ddp(world, rank, mesh):
+    """Why last_hidden_state calls the wrapper: past it, nothing is averaged."""
+    model = nn.parallel.DistributedDataParallel(toy())
+    ids, teacher = batch(rank)
+    head = kd.Head.from_model(model, model.module.model(ids))
+    kd.distill(head, teacher, OBJECTIVE).backward()
+    grad = model.module.model.norm.weight.grad
+    assert error(grad, expected(world)[1]["model.norm.weight"]) > 1e-2
+
+
+def refused(model: nn.Module, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        kd.Head.from_model(model, torch.randn(3, WIDTH))
+
+
+def check_tensor_parallel(world, rank, mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    words = "sharded by tensor parallelism.*vocabulary-parallel.*full_tensor"
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        model = toy()
+        parallelize_module(model.lm_head, mesh, style)
+        refused(model, words)
+        both = dist.init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
+        model = toy()
+        parallelize_module(model.lm_head, both["tp"], style)
+        refused(sharded(model, model.lm_head, mesh=both["dp"]), words)
+    model = toy()
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Replicate()]))
+    head = kd.Head.from_model(model, torch.randn(3, WIDTH))
+    assert error(head.weight, toy().lm_head.weight) < 1e-7
+    with pytest.raises(TypeError, match="hidden is a DTensor"):
+        kd.Head.from_model(model, distribute_tensor(torch.randn(4, WIDTH), mesh, [Shard(0)]))
+    with pytest.raises(TypeError, match="weight is a DTensor.*from_model"):
+        kd.Head(torch.randn(3, WIDTH), model.lm_head.weight)
+
+
+CHECKS = {name[6:]: value for name, value in list(globals().items()) if name.startswith("check_")}
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store, timeout = f"file://{folder}/store", timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
+    mesh = dist.init_device_mesh("cpu", (world,))
+    for name, check in CHECKS.items():
+        try:
+            check(world, rank, mesh)
+            said = "fine"
+        except Exception:
+            said = traceback.format_exc()
+        Path(folder, f"{name}.{rank}").write_text(said)
+        if said != "fine":
+            break  # the other process may wait for this one in a collective: let it time out
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """Two processes go through all checks once; each test reads what they said about its own."""
+    if not dist.is_available():
+        pytest.skip("this torch is built without distributed")
+    folder = tmp_path_factory.mktemp("two_processes")
+    torch.multiprocessing.spawn(worker, (2, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(name, outcome):
+    for rank in (0, 1):
+        said = outcome / f"{name}.{rank}"
+        assert said.exists(), "not reached: an earlier check failed"
+        assert said.read_text() == "fine", said.read_text()
