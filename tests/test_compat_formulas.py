@@ -276,14 +276,14 @@ REFUSED = {
     "torchtune chunk length": (lambda: torchtune.ForwardKLWithChunkedOutputLoss(1)([Z[None]], [Z[None]], LABELS[None, :2]), ValueError, "3 positions and labels 2"),
     "torchtune vocabularies": (lambda: torchtune.ReverseKLLoss()(Z, torch.randn(3, 11), LABELS), ValueError, "9 vocabulary entries and teacher 11"),
     "automodel tp_group": (lambda: automodel.KDLoss(tp_group=object()), ValueError, "tp_group must be None"),
-    "automodel student DTensor": (lambda: automodel.KDLoss()(SHARDED, Z, LABELS), TypeError, "student_logits is a DTensor"),
-    "automodel teacher DTensor": (lambda: automodel.KDLoss()(Z, SHARDED, LABELS), TypeError, "teacher_logits is a DTensor"),
+    "automodel student DTensor": (lambda: automodel.KDLoss()(SHARDED, Z, LABELS), TypeError, "values is a DTensor"),
+    "automodel teacher DTensor": (lambda: automodel.KDLoss()(Z, SHARDED, LABELS), TypeError, "values is a DTensor"),
     "automodel temperature": (lambda: automodel.KDLoss(temperature=0.0)(Z, Z, LABELS), ValueError, "temperature must be"),
     "modelopt tensor parallel": (lambda: modelopt.LogitsKLLoss(TWO_RANKS), ValueError, "tensor_model_parallel_size is 2"),
-    "modelopt DTensor": (lambda: modelopt.LogitsKLLoss(None)(SHARDED[None], Z[None]), TypeError, "predictions is a DTensor"),
+    "modelopt DTensor": (lambda: modelopt.LogitsKLLoss(None)(SHARDED[None], Z[None]), TypeError, "values is a DTensor"),
     "modelopt reduction": (lambda: modelopt.LogitsDistillationLoss(reduction="avg"), ValueError, "reduction must be mean, batchmean, sum or none"),
-    "modelopt trainer DTensor": (lambda: modelopt.standard_kd_loss(SHARDED, Z), TypeError, "student is a DTensor"),
-    "modelopt hf DTensor": (lambda: modelopt.LogitsDistillationLoss()(Z, SHARDED), TypeError, "logits_t is a DTensor"),
+    "modelopt trainer DTensor": (lambda: modelopt.standard_kd_loss(SHARDED, Z), TypeError, "values is a DTensor"),
+    "modelopt hf DTensor": (lambda: modelopt.LogitsDistillationLoss()(Z, SHARDED), TypeError, "values is a DTensor"),
 }  # fmt: skip
 
 

@@ -42,12 +42,3 @@ def reduced(
     student = as_source("student", student)
     loss = distill(student, teacher, objective, reduction="sum" if reduction == "sum" else "mean", **options)
     return loss / student.vocab_size if reduction == "mean" else loss
-
-
-def refuse_sharded(owner: str, **tensors: object) -> None:
-    """Raise TypeError for a DTensor (told by its class's name, which costs no import)."""
-    for name, tensor in tensors.items():
-        if any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
-            raise TypeError(
-                f"{owner}: {name} is a DTensor; this shim takes whole tensors: pass {name}.full_tensor()"
-            )

@@ -7,7 +7,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.compat._shared import refuse_sharded
 from kd_kernels.distill import Scalar, distill
 from kd_kernels.objectives import ForwardKL
 
@@ -57,7 +56,6 @@ class KDLoss(torch.nn.Module):
     ) -> Tensor:
         """Logits ``[..., V]``, one label for each token, ``num_batch_labels`` the tokens of all accumulated
         batches; a 0-d loss."""
-        refuse_sharded("KDLoss", student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
         return distill(
             student_logits,
             teacher_logits,

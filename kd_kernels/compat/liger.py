@@ -305,14 +305,13 @@ def _kl_of_target(
     check_reduction(owner, reduction)
     target = _wide(target.detach())
     log_p, mass = (target, target.exp().sum(-1)) if log_target else (target.log(), target.sum(-1))
-    # sum p log(p / q) over a row p of mass M is M KL(p / M || q) + M log M; an empty row is 0.
+    # sum p log(p / q) over a row p of mass M is M KL(p / M || q) + M log M. A row of weight 0 counts as 0.
     total = distill(
         student,
         log_p,
         ForwardKL(),
         labels=labels,
         ignore_index=ignore_index,
-        mask=mass > 0,
         token_weight=mass,
         temperature=temperature,
         teacher_temperature=1.0,

@@ -7,7 +7,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.compat._shared import refuse_sharded
 from kd_kernels.distill import distill, next_token_labels
 from kd_kernels.objectives import ForwardKL, ReverseKL
 from kd_kernels.sources import Source, as_source
@@ -42,7 +41,6 @@ class LogitsKLLoss(torch.nn.Module):
         ``ColumnParallelLinear`` returns); ``(loss [b, s], tp_reduce=True, is_sequence_parallel=False)``."""
         if isinstance(predictions, tuple):
             predictions, targets = predictions[0], targets[0]
-        refuse_sharded("LogitsKLLoss", predictions=predictions, targets=targets)
         loss = distill(
             predictions,
             targets,
@@ -75,7 +73,6 @@ class LogitsDistillationLoss(torch.nn.Module):
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
         """Student's and teacher's logits ``[..., V]``; a 0-d loss, or ``[...]``."""
-        refuse_sharded("LogitsDistillationLoss", logits_s=logits_s, logits_t=logits_t)
         loss = distill(
             logits_s,
             logits_t,
@@ -107,9 +104,6 @@ def standard_kd_loss(
         0-d.
     """
     student = as_source("student", student)
-    refuse_sharded(
-        "standard_kd_loss", student=student.tensors()[0], teacher=as_source("teacher", teacher).tensors()[0]
-    )
     if labels is None:
         labels = torch.zeros(student.leading_shape, dtype=torch.int64, device=student.tensors()[0].device)
     return distill(

@@ -13,8 +13,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.compat._shared import reduced, refuse_sharded
+from kd_kernels.compat._shared import reduced
 from kd_kernels.distill import Scalar, distill, next_token_labels
+from kd_kernels.models import last_hidden_state
 from kd_kernels.objectives import JensenShannon
 from kd_kernels.sources import Head, Source, as_source
 
@@ -94,9 +95,6 @@ class ChunkedDivergenceFunction:
     ) -> tuple[Tensor, Tensor]:
         """Hidden ``[N, H]``, weights ``[V, H]``, biases ``[V]`` or None, per model; returns each token's
         divergence ``[N]`` and, without gradient, the student's entropy ``[N]`` at the temperature."""
-        refuse_sharded(
-            "ChunkedDivergenceFunction", student_weight=student_weight, teacher_weight=teacher_weight
-        )
         loss, parts = distill(
             _head(
                 student_hidden,
@@ -149,11 +147,6 @@ def chunked_divergence_loss(
     Returns:
         Loss (0-d), sum of the student's entropies (0-d, detached), number of tokens that count (0-d).
     """
-    refuse_sharded(
-        "chunked_divergence_loss",
-        student_lm_head_weight=student_lm_head_weight,
-        teacher_lm_head_weight=teacher_lm_head_weight,
-    )
     loss, parts = distill(
         _head(
             student_hidden_states,
@@ -234,9 +227,10 @@ def use_in_gkd(trainer_or_class: Any) -> Undo:
 
     Raises:
         ValueError: a TRL release outside ``KNOWN_TRL``, or a trainer that does so already.
-        TypeError: not a GKD trainer, or one with a loss of its own. In training, also: a head that is not
-            a plain ``torch.nn.Linear`` (LoRA on the head), prompt learning, wrappers other than
-            ``DistributedDataParallel`` (FSDP, DeepSpeed, compiled modules).
+        TypeError: not a GKD trainer, or one with a loss of its own.
+
+    In training, models and wrappers that :meth:`kd_kernels.Head.from_model` or
+    :func:`kd_kernels.last_hidden_state` do not cover are refused by them.
     """
     _check_release("use_in_gkd")
     from trl.experimental.gkd import GKDTrainer
@@ -247,24 +241,24 @@ def use_in_gkd(trainer_or_class: Any) -> Undo:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:  # the caller wants the logits themselves
             return dense(self, model, inputs, True, num_items_in_batch)
-        student = self.accelerator.unwrap_model(model)
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
         self.teacher_model.eval()
+        seen = {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
-        def loss() -> Tensor:
-            # accelerate's mixed precision lives in the model's forward, which the head path goes around
+        def loss(student: torch.nn.Module) -> Tensor:
+            with torch.no_grad():
+                target = last_hidden_state(self.teacher_model, **seen)
+            hidden = last_hidden_state(student, **seen)
+            # accelerate's mixed precision lives in the models' forward, outside which the heads are
             with self.accelerator.autocast():
-                with torch.no_grad():
-                    target = _model_head("teacher", teacher, inputs)
                 return generalized_jsd_loss(
-                    _model_head("student", student, inputs),
-                    target,
+                    Head.from_model(student, hidden),
+                    Head.from_model(self.teacher_model, target),
                     labels=next_token_labels(inputs["labels"]),
                     beta=self.beta,
                     num_items_in_batch=num_items_in_batch,
                 )
 
-        return _through(model, student, loss)
+        return _through_ddp(model, loss)
 
     return Undo(trainer_or_class, "compute_loss", compute_loss)
 
@@ -323,50 +317,10 @@ def _original(owner: Any, name: str) -> Callable:
     return getattr(method, "__func__", method)
 
 
-def _through(wrapper: torch.nn.Module, model: torch.nn.Module, function: Callable[[], Tensor]) -> Tensor:
-    """``function()``, inside the forward pass of the wrapper, where there is one that must notice it."""
-    if wrapper is model and not hasattr(model, "_orig_mod"):
-        return function()
-    if isinstance(wrapper, torch.nn.parallel.DistributedDataParallel):
-        from trl.models.utils import _ForwardRedirection
+def _through_ddp(model: torch.nn.Module, function: Callable[[torch.nn.Module], Tensor]) -> Tensor:
+    """``function(model)``; inside DDP's forward where there is one, so that it sees the head used too."""
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return function(model)
+    from trl.models.utils import _ForwardRedirection
 
-        return _ForwardRedirection()(wrapper, model, function)
-    raise TypeError(
-        f"use_in_gkd serves a bare model or DistributedDataParallel, got {type(wrapper).__name__}; undo it, "
-        f"or train without that wrapper"
-    )
-
-
-def _model_head(name: str, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Head:
-    """The model's LM head on its last hidden state ``[B, T, H]``; no logits, no cache, no other layers."""
-    if hasattr(model, "peft_config"):
-        if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
-            raise TypeError(f"use_in_gkd: the {name} uses prompt learning, which lives outside its backbone")
-        model = model.base_model.model
-    linear = model.get_output_embeddings()
-    if type(linear) is not torch.nn.Linear or type(linear.weight.data) is not Tensor:
-        raise TypeError(
-            f"use_in_gkd: the {name}'s head must be a plain torch.nn.Linear, got {type(linear).__name__} of "
-            f"{type(linear.weight.data).__name__} (adapters on the head, quantised or sharded heads)"
-        )
-    hidden = model.base_model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-    ).last_hidden_state
-    return _head(hidden, linear.weight, linear.bias, *_shaping(model.config.get_text_config()))
-
-
-def _shaping(config: Any) -> tuple[float, Optional[float]]:
-    """What a model does to its logits, (scale, softcap), as TRL 1.16 reads it from the configuration."""
-    scale = next(
-        (
-            getattr(config, name)
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if getattr(config, name, None) is not None
-        ),
-        None,
-    )
-    if scale is None:
-        scale = getattr(config, "logits_scaling", None) or 1.0
-        if config.model_type != "hyperclovax":  # alone in multiplying by it
-            scale = 1 / scale
-    return float(scale), getattr(config, "final_logit_softcapping", None)
+    return _ForwardRedirection()(model, model.module, function, model.module)
