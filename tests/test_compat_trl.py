@@ -268,6 +268,11 @@ def forbid_logits(*models):
     return [m.get_output_embeddings().register_forward_hook(check) for m in models]
 
 
+def forbid_graph(*_):
+    if torch.is_grad_enabled():
+        pytest.fail("the teacher's forward keeps activations")
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 def test_gkd_step(student, tmp_path):
     """Loss and gradients equal the trainer's own dense path, and undo restores it."""
@@ -279,6 +284,7 @@ def test_gkd_step(student, tmp_path):
         assert all(g.abs().sum() > 0 for g in dense)
         with compat.use_in_gkd(trainer):
             hooks = forbid_logits(trainer.model, trainer.teacher_model)
+            hooks.append(trainer.teacher_model.register_forward_pre_hook(forbid_graph))
             ours = step(trainer, inputs, **options)
             for hook in hooks:
                 hook.remove()
