@@ -92,6 +92,7 @@ SHAPING: dict[str, Shaping] = {
 # Model types whose logits are no function of one hidden state per token through one output layer, though
 # nothing in their structure shows it.
 REFUSED: dict[str, str] = {
+    "chameleon": "it bans the tokens of images from its logits",
     "prophetnet": "its logits come from an n-gram predicting stream, not from the last hidden state",
 }
 

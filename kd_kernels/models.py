@@ -167,7 +167,7 @@ def _check_structure(owner: str, causal: nn.Module, layer: nn.Module) -> None:
     ]
     node, above = getattr(causal, top), top
     for part in below:
-        if hasattr(type(node), "get_output_embeddings"):
+        if hasattr(type(node), "get_output_embeddings") and node.get_output_embeddings() is layer:
             raise ValueError(f"{owner}: {name} holds a language model; pass that one (model.{above})")
         beside += [(f"{above}.{child}", module) for child, module in node.named_children() if child != part]
         node, above = getattr(node, part), f"{above}.{part}"

@@ -246,11 +246,28 @@ def test_every_encoder_decoder_of_the_table(kind):
 
 def test_the_table_has_no_stale_entries():
     known = set(CAUSAL) | set(SEQ2SEQ)
-    assert set(SHAPING) <= known and set(REFUSED) <= known
+    assert set(SHAPING) <= known and set(REFUSED) <= set(transformers.CONFIG_MAPPING)
     assert set(NOT_BUILT) <= set(CAUSAL) and set(REFUSES) <= set(CAUSAL)
     assert not set(NOT_BUILT) & (set(SHAPING) | set(REFUSED)), "an entry nobody tests"
     named = {x for s in SHAPING.values() for x in (s.times, s.over, s.hidden_over, s.softcap, s.vocab) if x}
     assert named <= set(SIGNALS), "an attribute of the table that an unknown model type may have unnoticed"
+
+
+@pytest.mark.parametrize("kind", ["cohere", "gemma2", "granite", "inkling_text", "minicpm3"])
+def test_a_bias_is_shaped_as_the_model_does(kind):
+    """Before or after the factor: none of these families ships with a bias, people add them."""
+    model = toy_model(kind)
+    layer = nn.Linear(model.lm_head.in_features, VOCAB)
+    layer.weight.data.normal_(0, 0.4)
+    layer.bias.data.normal_()
+    model.lm_head = layer
+    check(model, input_ids=tokens())
+
+
+def test_two_biases():
+    model = toy_model("bart", SEQ2SEQ, is_decoder=False, is_encoder_decoder=True)
+    model.lm_head.bias = nn.Parameter(torch.randn(VOCAB))
+    check(model, input_ids=tokens(), decoder_input_ids=tokens(6))
 
 
 def test_hidden_is_the_backbones():
@@ -317,10 +334,12 @@ def counting(forward, called):
 
 def test_the_model_is_left_as_it_was():
     model = toy_model("llama")
+    plain = kd.last_hidden_state(model, input_ids=tokens())
     own = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate does
     model.forward = own
-    hidden = kd.last_hidden_state(model, input_ids=tokens())
-    assert hidden.dtype == torch.bfloat16 or hidden.dtype == torch.float32
+    assert 1e-4 < error(kd.last_hidden_state(model, input_ids=tokens()), plain) < 2e-2, (
+        "not under its autocast"
+    )
     assert model.__dict__["forward"] is own and "forward" not in model.lm_head.__dict__
     with pytest.raises(Exception):  # noqa: B017
         kd.last_hidden_state(model, input_ids=torch.tensor([[10**6]]))
@@ -390,6 +409,14 @@ def test_unknown_models_that_announce_something(name):
     for call in (kd.Head.from_model, lambda m, h: kd.last_hidden_state(m, input_ids=torch.arange(3))):
         with pytest.raises(ValueError, match=f"'unknown' is not in the table.*{name}=.*kd.Head"):
             call(model, torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_model_types_that_are_refused(kind):
+    model = Unknown()
+    model.config.model_type = kind
+    with pytest.raises(ValueError, match=f"{kind!r} is not covered: {REFUSED[kind]}"):
+        kd.Head.from_model(model, torch.randn(3, 8))
 
 
 def with_layer(layer) -> Unknown:

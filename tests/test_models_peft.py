@@ -84,6 +84,7 @@ CONFIGS = {
     "LoRA below": lambda: lora("q_proj", "down_proj"),
     "LoRA on the head": lambda: lora("lm_head"),
     "LoRA on both": lambda: lora("q_proj", "lm_head", use_rslora=True),
+    "LoRA on tied embeddings": lambda: lora("embed_tokens"),
     "LoRA with a bias": lambda: lora("lm_head", lora_bias=True),
     "modules_to_save": lambda: lora("q_proj", modules_to_save=["lm_head"]),
     "IA3 below": lambda: peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
@@ -93,8 +94,10 @@ CONFIGS = {
 
 @pytest.mark.parametrize("case", [c for c in CONFIGS if c != "prompt tuning"])
 def test_adapters(case):
-    trained = check(adapted(CONFIGS[case]()), base=llama())
-    assert trained and any("lm_head" in name for name in trained) == (case not in ("LoRA below", "IA3 below"))
+    tied = {"tie_word_embeddings": "tied" in case}
+    trained = check(adapted(CONFIGS[case](), llama(**tied)), base=llama(**tied))
+    on_the_head = case not in ("LoRA below", "IA3 below", "LoRA on tied embeddings")
+    assert trained and any("lm_head" in name for name in trained) == on_the_head
 
 
 def test_prompt_tuning():
@@ -197,6 +200,9 @@ REFUSED = {
     "DoRA": (lambda: lora("lm_head", use_dora=True), "adapter 'default' on the output layer is Dora"),
     "IA3": (lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "PEFT's Linear on"),
     "LoHa": (lambda: peft.LoHaConfig(target_modules=["lm_head"]), "PEFT's Linear on|PEFT's LoHa"),
+    "a parameter": (
+        lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=["lm_head.weight"]),
+        "PEFT's ParamWrapper"),
     "trainable tokens": (
         lambda: lora("q_proj", trainable_token_indices={"lm_head": [1, 2]}), "PEFT's TrainableTokens"),
 }  # fmt: skip
