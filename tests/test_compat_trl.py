@@ -1,5 +1,6 @@
 """compat.trl against the installed TRL: its losses, and its trainers on toy models built here."""
 
+import inspect
 import os
 import random
 
@@ -27,6 +28,20 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E4
 from trl.trainer import distillation_trainer  # noqa: E402
 
 # --- losses -------------------------------------------------------------------------------------------
+
+
+def test_signatures_are_the_library_s():
+    for ours, theirs in (
+        (compat.generalized_jsd_loss, GKDTrainer.generalized_jsd_loss),
+        (compat.chunked_divergence_loss, distillation_trainer._chunked_divergence_loss),
+        (compat.ChunkedDivergenceFunction.apply, ChunkedDivergenceFunction.forward),
+    ):
+        a, b = (
+            [(p.name, p.default) for p in inspect.signature(f).parameters.values() if p.name != "ctx"]
+            for f in (ours, theirs)
+        )
+        assert a == b
+
 
 REDUCTIONS = {
     "default": {},
