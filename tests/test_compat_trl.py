@@ -1,0 +1,569 @@
+"""compat.trl against the installed TRL: its losses, and its trainers on toy models built here."""
+
+import inspect
+import os
+import random
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from cases import Batch, error
+from compat_check import assert_same
+
+import kd_kernels as kd
+from kd_kernels.compat import trl as compat
+from kd_kernels.reference import dense_distill
+
+DTYPES = [torch.float32, torch.bfloat16]
+BETAS = [0.0, 0.3, 1.0]
+WHY = "trl, transformers, datasets and tokenizers are not installed (pip install kd-kernels[dropin])"
+trl = pytest.importorskip("trl", reason=WHY)
+datasets = pytest.importorskip("datasets", reason=WHY)
+tokenizers = pytest.importorskip("tokenizers", reason=WHY)
+import transformers  # noqa: E402
+from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
+from trl.trainer import distillation_trainer  # noqa: E402
+
+# --- losses -------------------------------------------------------------------------------------------
+
+
+def test_signatures_are_the_library_s():
+    for ours, theirs in (
+        (compat.generalized_jsd_loss, GKDTrainer.generalized_jsd_loss),
+        (compat.chunked_divergence_loss, distillation_trainer._chunked_divergence_loss),
+        (compat.ChunkedDivergenceFunction.apply, ChunkedDivergenceFunction.forward),
+    ):
+        a, b = (
+            [(p.name, p.default) for p in inspect.signature(f).parameters.values() if p.name != "ctx"]
+            for f in (ours, theirs)
+        )
+        assert a == b
+
+
+REDUCTIONS = {
+    "default": {},
+    "batchmean": {"reduction": "batchmean"},
+    "mean": {"reduction": "mean"},
+    "sum": {"reduction": "sum", "temperature": 2.0},
+    "num_items": {"reduction": "sum", "num_items_in_batch": 11, "temperature": 0.7},
+    "num_items tensor": {"num_items_in_batch": torch.tensor(7)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("labels", [False, True], ids=["no labels", "labels"])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_generalized_jsd_loss(reduction, beta, labels, dtype):
+    batch = Batch(lead=(3, 5))
+    labels = batch.labels if labels else None
+    options = REDUCTIONS[reduction]
+    temperature, rest = options.get("temperature", 1.0), {**options}
+    rest.pop("temperature", None)
+
+    def call(function):
+        return lambda s, t: function(s, t.detach(), labels, beta, temperature, **rest)
+
+    tensors = [batch.tensors["student logits"], batch.tensors["teacher logits"]]
+    assert_same(call(compat.generalized_jsd_loss), call(GKDTrainer.generalized_jsd_loss), tensors, dtype)
+
+
+def test_generalized_jsd_loss_takes_heads():
+    batch = Batch(lead=(3, 5))
+    heads = [batch.source(side, "head", torch.float32) for side in ("student", "teacher")]
+    dense = [x.hidden @ x.weight.T for x in heads]
+    for options in ({}, {"reduction": "mean"}, {"reduction": "sum"}, {"num_items_in_batch": 5}):
+        a = compat.generalized_jsd_loss(*heads, batch.labels, beta=0.3, **options)
+        b = GKDTrainer.generalized_jsd_loss(*dense, batch.labels, beta=0.3, **options)
+        assert error(a, b) < 1e-5
+
+
+def test_generalized_jsd_loss_of_nothing():
+    z = torch.randn(2, 3, 9, requires_grad=True)
+    nothing = torch.full((2, 3), -100)
+    for reduction in ("batchmean", "mean", "sum"):
+        loss = compat.generalized_jsd_loss(z, torch.randn(2, 3, 9), nothing, reduction=reduction)
+        assert loss == 0 and torch.autograd.grad(loss, z)[0].abs().sum() == 0
+
+
+SHAPING = {
+    "bare": (1.0, None, 1.0, None),
+    "scales": (0.6, None, 1.4, None),
+    "softcaps": (1.0, 4.0, 1.0, 6.0),
+    "all": (1.3, 5.0, 0.7, 3.0),
+}
+
+
+def chunked_inputs(batch, bias):
+    names = [f"{side} {part}" for side in ("student", "teacher") for part in ("hidden", "weight", "bias")]
+    return [batch.tensors[name] if bias or "bias" not in name else None for name in names]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("shaping", SHAPING)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_chunked_divergence_function(bias, shaping, beta, dtype):
+    """The 12 positionals; per-token divergence and entropy under an upstream gradient per token."""
+    batch = Batch(lead=(15,))
+    temperature, shape = 1.7, SHAPING[shaping]
+    entropies = []
+
+    def call(function):
+        def loss(*tensors):
+            divergence, entropy = function(*tensors, beta, temperature, *shape)
+            assert divergence.shape == entropy.shape == (15,)
+            assert divergence.requires_grad and not entropy.requires_grad
+            entropies.append(entropy)
+            return (divergence * batch.upstream).sum()
+
+        return loss
+
+    def exact(h_s, w_s, b_s, h_t, w_t, b_t):
+        teacher = [None if x is None else x.detach() for x in (h_t, w_t, b_t)]
+        return dense_distill(
+            kd.Head(h_s, w_s, b_s, scale=shape[0], softcap=shape[1]),
+            kd.Head(*teacher, scale=shape[2], softcap=shape[3]),
+            kd.JensenShannon(beta),
+            temperature=temperature,
+            token_weight=batch.upstream,
+            reduction="sum",
+        )
+
+    tensors = chunked_inputs(batch, bias)
+    ours, theirs = (x.apply for x in (compat.ChunkedDivergenceFunction, ChunkedDivergenceFunction))
+    assert_same(call(ours), call(theirs), tensors, dtype, exact)
+    assert error(*entropies) < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+def test_chunked_divergence_function_of_other_dtypes():
+    """A float32 weight on bfloat16 hidden states, which TRL casts, and the same under autocast."""
+    batch = Batch(lead=(15,))
+    h, w, _, t, v, _ = (x if x is None else x.float() for x in chunked_inputs(batch, False))
+    for hidden, teacher, autocast in ((h.bfloat16(), t.bfloat16(), False), (h, t, True)):
+        results = []
+        for function in (compat.ChunkedDivergenceFunction, ChunkedDivergenceFunction):
+            weight = w.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                divergence, _ = function.apply(hidden, weight, None, teacher, v, None, 0.5)
+            results.append((divergence, *torch.autograd.grad(divergence.sum(), weight)))
+        assert results[0][1].dtype == torch.float32
+        assert all(error(a, b) < 1e-2 for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("num_items", [None, 11, torch.tensor(7.0)], ids=str)
+def test_chunked_divergence_loss(num_items, beta):
+    batch = Batch(lead=(3, 5))
+    mask = batch.mask.int()
+    options = {"temperature": 1.3, "student_logit_scale": 0.8, "teacher_final_logit_softcapping": 5.0}
+    outputs = []
+
+    def call(function):
+        def loss(h, w, b, t, v, c):
+            result = function(
+                h, t, w, v, mask, beta, num_items, student_lm_head_bias=b, teacher_lm_head_bias=c, **options
+            )
+            outputs.append(result[1:])
+            return result[0]
+
+        return loss
+
+    theirs = distillation_trainer._chunked_divergence_loss
+    assert_same(
+        call(compat.chunked_divergence_loss), call(theirs), chunked_inputs(batch, True), torch.float32
+    )
+    (entropy, count), (their_entropy, their_count) = outputs[:2]
+    assert error(entropy, their_entropy) < 1e-5 and count == their_count == mask.sum()
+
+
+# --- trainers -----------------------------------------------------------------------------------------
+
+VOCAB = 61
+SMALL = {
+    "vocab_size": VOCAB, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.4,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+}  # fmt: skip
+STUDENTS = {
+    "llama": lambda: transformers.LlamaConfig(hidden_size=16, tie_word_embeddings=False, **SMALL),
+    "qwen2 tied": lambda: transformers.Qwen2Config(hidden_size=16, tie_word_embeddings=True, **SMALL),
+    "gemma2 softcap": lambda: transformers.Gemma2Config(
+        hidden_size=16, head_dim=8, final_logit_softcapping=3.0, **SMALL
+    ),
+    "granite scale": lambda: transformers.GraniteConfig(hidden_size=16, logits_scaling=2.5, **SMALL),
+    "cohere scale": lambda: transformers.CohereConfig(hidden_size=16, logit_scale=0.4, **SMALL),
+}
+
+
+def model(config):
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def tokenizer():
+    words = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(VOCAB - 5))]
+    tool = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
+    tool.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tool, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    return fast
+
+
+def conversations(rows=4):
+    draw = random.Random(0)
+
+    def say(n):
+        return " ".join(f"w{draw.randrange(VOCAB - 5)}" for _ in range(n))
+
+    return datasets.Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": say(3 + i)},
+                    {"role": "assistant", "content": say(8 - i)},
+                ]
+            }
+            for i in range(rows)
+        ]
+    )
+
+
+def gkd_trainer(path, student="llama", cls=None, **options):
+    torch.manual_seed(1)
+    arguments = {
+        "output_dir": str(path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2,
+        "lmbda": 0.0, "beta": 0.3, "max_length": 64, "max_new_tokens": 5, "bf16": False,
+        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "optim": "sgd",
+        "learning_rate": 0.05, "max_grad_norm": 0.0, "seed": 3, **options,
+    }  # fmt: skip
+    return (cls or GKDTrainer)(
+        model=model(STUDENTS[student]()),
+        teacher_model=model(transformers.LlamaConfig(hidden_size=24, **SMALL)),
+        args=GKDConfig(**arguments),
+        train_dataset=conversations(),
+        eval_dataset=conversations(2),
+        processing_class=tokenizer(),
+    )
+
+
+def first_batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def step(trainer, inputs, **options):
+    """Loss and every parameter's gradient of one ``compute_loss``."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, {**inputs}, **options)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in trainer.model.parameters() if p.requires_grad)]
+
+
+def close(a, b, bar=2e-5):
+    return len(a) == len(b) and all(error(x, y) < bar for x, y in zip(a, b))
+
+
+def forbid_logits(*models):
+    """Hooks that fail where an LM head gives logits."""
+
+    def check(layer, _, output):
+        if output.shape[-1] == VOCAB:
+            pytest.fail("logits were computed")
+
+    return [m.get_output_embeddings().register_forward_hook(check) for m in models]
+
+
+def forbid_graph(*_):
+    if torch.is_grad_enabled():
+        pytest.fail("the teacher's forward keeps activations")
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_gkd_step(student, tmp_path):
+    """Loss and gradients equal the trainer's own dense path, and undo restores it."""
+    trainer = gkd_trainer(tmp_path, student)
+    inputs = first_batch(trainer)
+    assert (inputs["labels"] == -100).any() and (inputs["labels"] != -100).any()
+    for options in ({}, {"num_items_in_batch": torch.tensor(9)}):
+        dense = step(trainer, inputs, **options)
+        assert all(g.abs().sum() > 0 for g in dense)
+        with compat.use_in_gkd(trainer):
+            hooks = forbid_logits(trainer.model, trainer.teacher_model)
+            hooks.append(trainer.teacher_model.register_forward_pre_hook(forbid_graph))
+            ours = step(trainer, inputs, **options)
+            for hook in hooks:
+                hook.remove()
+        assert close(ours, dense)
+        assert "compute_loss" not in vars(trainer)
+        assert all(torch.equal(a, b) for a, b in zip(step(trainer, inputs, **options), dense))
+
+
+def test_gkd_beta_is_the_trainer_s(tmp_path):
+    trainer = gkd_trainer(tmp_path)
+    inputs = first_batch(trainer)
+    losses = set()
+    for trainer.beta in (0.0, 0.5, 1.0):
+        dense = step(trainer, inputs)
+        with compat.use_in_gkd(trainer):
+            assert close(step(trainer, inputs), dense)
+        losses.add(dense[0].item())
+    assert len(losses) == 3
+
+
+def test_gkd_on_policy_and_evaluation(tmp_path):
+    """A whole ``training_step`` with ``generate`` in it, and ``evaluate``."""
+    trainer = gkd_trainer(tmp_path, lmbda=1.0)
+    trainer.current_gradient_accumulation_steps = 1  # train() would have set it
+    inputs = first_batch(trainer)
+    results = []
+    for head in (False, True):
+        handle = compat.use_in_gkd(trainer) if head else None
+        random.seed(5)
+        torch.manual_seed(5)
+        trainer.model.zero_grad()
+        loss = trainer.training_step(trainer.model, {**inputs}, None)
+        gradients = [p.grad.clone() for p in trainer.model.parameters()]
+        results.append([loss, *gradients, torch.tensor(trainer.evaluate()["eval_loss"])])
+        if handle:
+            handle.undo()
+    assert close(*results)
+
+
+def test_gkd_train_ends_at_the_same_weights(tmp_path):
+    weights = []
+    for head in (False, True):
+        trainer = gkd_trainer(tmp_path, max_steps=3, gradient_accumulation_steps=2)
+        start = [p.detach().clone() for p in trainer.model.parameters()]
+        if head:
+            compat.use_in_gkd(trainer)
+        trainer.train()
+        weights.append([p.detach() - q for p, q in zip(trainer.model.parameters(), start)])
+    assert all(w.abs().sum() > 0 for w in weights[0])
+    assert close(*weights, bar=1e-3)
+
+
+def test_gkd_mixed_precision(tmp_path, monkeypatch):
+    """accelerate's autocast lives in the model's forward; the head path enters it too."""
+    exact = step(trainer := gkd_trainer(tmp_path / "exact"), inputs := first_batch(trainer))
+    trainer = gkd_trainer(tmp_path / "mixed", bf16=True)
+    trainer.model = trainer.accelerator.prepare_model(trainer.model)
+    dense = step(trainer, inputs)
+    heads, original = [], compat.generalized_jsd_loss
+    monkeypatch.setattr(
+        compat,
+        "generalized_jsd_loss",
+        lambda *args, **options: heads.append(torch.is_autocast_enabled("cpu")) or original(*args, **options),
+    )
+    with compat.use_in_gkd(trainer):
+        ours = step(trainer, inputs)
+    assert not close(dense, exact, bar=1e-4), "autocast was not on"
+    assert not close(ours, exact, bar=1e-4) and heads == [True], "the head path left autocast"
+    for a, b, c in zip(ours, dense, exact):
+        assert error(a, c) <= 2 * error(b, c) + 4e-3
+
+
+def test_gkd_gives_outputs_where_they_are_asked_for(tmp_path):
+    trainer = gkd_trainer(tmp_path)
+    inputs = first_batch(trainer)
+    with compat.use_in_gkd(trainer):
+        loss, outputs = trainer.compute_loss(trainer.model, {**inputs}, return_outputs=True)
+    assert outputs.logits.shape[-1] == VOCAB
+    assert error(loss, trainer.compute_loss(trainer.model, {**inputs})) == 0
+
+
+def test_gkd_class_and_subclass(tmp_path):
+    class Mine(GKDTrainer):
+        pass
+
+    own = GKDTrainer.compute_loss
+    trainer = gkd_trainer(tmp_path, cls=Mine)
+    inputs = first_batch(trainer)
+    dense = step(trainer, inputs)
+    for cls in (GKDTrainer, Mine):
+        handle = compat.use_in_gkd(cls)
+        assert cls.compute_loss is not own
+        assert close(step(trainer, inputs), dense)
+        for target in (trainer, cls):
+            with pytest.raises(ValueError, match="already takes the head path"):
+                compat.use_in_gkd(target)
+        handle.undo()
+        handle.undo()
+        assert cls.compute_loss is own and "compute_loss" not in vars(Mine)
+
+
+def test_gkd_under_ddp(tmp_path):
+    """One process: the loss goes through DDP's forward, so that its gradient reduction notices."""
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        trainer = gkd_trainer(tmp_path)
+        inputs = first_batch(trainer)
+        dense = step(trainer, inputs)
+        wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model, find_unused_parameters=True)
+        calls = []
+        wrapped.register_forward_hook(lambda *_: calls.append(1))
+        with compat.use_in_gkd(trainer):
+            trainer.model.zero_grad()
+            loss = trainer.compute_loss(wrapped, {**inputs})
+            loss.backward()
+        assert calls == [1]
+        assert close([loss.detach(), *(p.grad for p in trainer.model.parameters())], dense)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_distillation_trainer(tmp_path):
+    torch.manual_seed(1)
+    prompts = [{"prompt": [{"role": "user", "content": "w1 w2"}]} for _ in range(4)]
+    trainer = trl.DistillationTrainer(
+        model=model(STUDENTS["granite scale"]()),
+        teacher_model=model(transformers.LlamaConfig(hidden_size=24, **SMALL)),
+        args=trl.DistillationConfig(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False, beta=0.3, temperature=1.5,
+            per_device_train_batch_size=2, max_completion_length=5,
+        ),
+        train_dataset=datasets.Dataset.from_list(prompts),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    inputs = {
+        "prompt_ids": torch.randint(2, VOCAB, (2, 4)),
+        "completion_ids": torch.randint(2, VOCAB, (2, 6)),
+        "prompt_mask": torch.ones(2, 4, dtype=torch.int64),
+        "completion_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]),
+        "num_items_in_batch": torch.tensor(11.0),
+    }
+    own = trl.DistillationTrainer._compute_loss
+    dense = step(trainer, inputs)
+    with compat.use_in_distillation(trainer):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distillation_trainer, "ChunkedDivergenceFunction", None)
+            ours = step(trainer, inputs)
+        with pytest.raises(ValueError, match="already takes the head path"):
+            compat.use_in_distillation(trainer)
+    a, b = trainer._metrics["train"]["entropy"]
+    assert close(ours, dense) and abs(a - b) < 1e-5
+    with compat.use_in_distillation(trl.DistillationTrainer):
+        assert trl.DistillationTrainer._compute_loss is not own
+        assert close(step(trainer, inputs), dense)
+    assert trl.DistillationTrainer._compute_loss is own
+    assert all(torch.equal(x, y) for x, y in zip(step(trainer, inputs), dense))
+
+
+# --- PEFT ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["q_proj", "lm_head"])
+def test_gkd_lora(where, tmp_path):
+    """Below the head and on it, where the head's own weight is not what gives the logits."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install kd-kernels[dropin])")
+    trainer = gkd_trainer(tmp_path)
+    lora = peft.LoraConfig(r=2, target_modules=[where], init_lora_weights=False)
+    trainer.model = peft.get_peft_model(trainer.model, lora)
+    inputs = first_batch(trainer)
+    dense = step(trainer, inputs)
+    assert len(dense) == 1 + (4 if where == "q_proj" else 2)
+    with compat.use_in_gkd(trainer):
+        assert close(step(trainer, inputs), dense)
+
+
+def test_gkd_prompt_learning(tmp_path):
+    """Its virtual tokens have no labels: TRL fails on the shapes, and so does the head path, by name."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install kd-kernels[dropin])")
+    trainer = gkd_trainer(tmp_path)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    trainer.model = peft.get_peft_model(trainer.model, prompts)
+    inputs = first_batch(trainer)
+    with compat.use_in_gkd(trainer), pytest.raises(ValueError, match="must have the same tokens"):
+        trainer.compute_loss(trainer.model, {**inputs})
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+Z = torch.randn(3, 9)
+H, W, G = torch.randn(3, 4), torch.randn(9, 4), torch.randn(11, 4)
+
+REFUSED = {
+    "none": (lambda: compat.generalized_jsd_loss(Z, Z, reduction="none"), r"\[tokens, vocab\] terms"),
+    "reduction": (lambda: compat.generalized_jsd_loss(Z, Z, reduction="avg"), "reduction must be one of"),
+    "beta": (lambda: compat.generalized_jsd_loss(Z, Z, beta=2.0), "beta must be in"),
+    "num_items": (lambda: compat.generalized_jsd_loss(Z, Z, num_items_in_batch=0), "num_items must be > 0"),
+    "vocabularies": (
+        lambda: compat.ChunkedDivergenceFunction.apply(H, W, None, H, G, None, 0.5),
+        "9 vocabulary entries and teacher 11",
+    ),
+    "ZeRO-3": (
+        lambda: compat.ChunkedDivergenceFunction.apply(H, W[:0], None, H, W, None, 0.5),
+        "gather it first",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case):
+    function, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        function()
+
+
+def test_sharded_weights_are_refused():
+    class DTensor(torch.Tensor):
+        """Stands for torch's, which needs a process group."""
+
+    sharded = W.as_subclass(DTensor)
+    with pytest.raises(TypeError, match="weight is a DTensor"):
+        compat.ChunkedDivergenceFunction.apply(H, sharded, None, H, W, None, 0.5)
+    with pytest.raises(TypeError, match="weight is a DTensor"):
+        compat.chunked_divergence_loss(H, H, W, sharded, torch.ones(3), 0.5)
+
+
+def test_unknown_release_is_refused(monkeypatch):
+    assert trl.__version__.startswith(compat.KNOWN_TRL), "record it in KNOWN_TRL once these tests pass"
+    for version in ("1.15.2", "1.17.0", "2.0.0", "1.160.0"):
+        monkeypatch.setattr(trl, "__version__", version)
+        for use, target in (
+            (compat.use_in_gkd, GKDTrainer),
+            (compat.use_in_distillation, trl.DistillationTrainer),
+        ):
+            with pytest.raises(ValueError, match=f"{use.__name__} knows trl 1.16; installed is {version}"):
+                use(target)
+
+
+def test_other_trainers_are_refused():
+    class OwnLoss(GKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return torch.zeros(())
+
+    class OwnDivergence(GKDTrainer):
+        generalized_jsd_loss = staticmethod(lambda *_, **__: torch.zeros(()))
+
+    for target, words in (
+        (trl.SFTTrainer, "must be a trl GKDTrainer, got SFTTrainer"),
+        (object(), "must be a trl GKDTrainer, got object"),
+        (OwnLoss, "OwnLoss.compute_loss is not that of GKDTrainer"),
+        (OwnDivergence, "OwnDivergence.generalized_jsd_loss is not that of GKDTrainer"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            compat.use_in_gkd(target)
+    with pytest.raises(TypeError, match="must be a trl DistillationTrainer, got GKDTrainer"):
+        compat.use_in_distillation(GKDTrainer)
+
+
+def test_models_that_are_not_covered_are_refused(tmp_path):
+    trainer = gkd_trainer(tmp_path)
+    inputs = first_batch(trainer)
+    with compat.use_in_gkd(trainer):
+        with pytest.raises(ValueError, match="compiled as a whole"):
+            trainer.compute_loss(torch.compile(trainer.model, backend="eager"), {**inputs})
+        trainer.model.config.logits_scale = 0.5  # nothing that a Llama does
+        with pytest.raises(ValueError, match="logits_scale=0.5, which may shape its logits"):
+            trainer.compute_loss(trainer.model, {**inputs})
