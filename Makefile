@@ -28,7 +28,7 @@ table:
 	$(BIN)/python benchmarks/table.py
 
 test-env:
-	$(PYTHON) scripts/make_env.py $(VENV) test
+	$(PYTHON) scripts/make_env.py $(VENV) test dropin
 
 lint: test-env
 	$(BIN)/ruff check .

@@ -70,10 +70,15 @@ def _widening_cuda(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
+def offers_widening() -> bool:
+    """Whether this torch knows products with another dtype than their operands' (on CUDA, since 2.8)."""
+    return hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
 @functools.cache
 def _widens(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch has a product with a float32 result here: tried once, on 16 x 16 numbers."""
-    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+    if not offers_widening():
         return False
     a, out = torch.ones(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:

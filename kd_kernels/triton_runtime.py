@@ -24,7 +24,8 @@ class Configuration(NamedTuple):
 
 
 # Fixed, not tuned on the spot: a winner that changes from run to run changes the bits of the result.
-# Four numbers a thread, in float64 one: twice as many spilled. Small vocabularies would leave most lanes idle.
+# Four numbers a thread, in float64 one: twice as many spilled. Small vocabularies have blocks of
+# their own, or most lanes would idle.
 SMALL, LARGE = Configuration(256, 2), Configuration(1024, 8)
 SMALL_WIDE, LARGE_WIDE = Configuration(128, 4), Configuration(256, 8)  # float64 arithmetic
 _SMALL_VOCABULARY = 4096

@@ -58,6 +58,10 @@ class Problem:
     def tokens(self) -> int:
         return self.student.values.shape[:-1].numel()
 
+    @property
+    def walked(self) -> int:
+        return self.tokens if self.rows is None else self.rows.numel()
+
     def per_token(self, value: Tensor, silenced: float = 0.0) -> Tensor:
         """``value`` for each token that is walked, ``[n]`` float64; ``silenced`` at silenced ones."""
         device = self.student.values.device
@@ -80,6 +84,37 @@ class Problem:
         return full.index_copy_(0, self.rows, values)
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """How a call is cut."""
+
+    student: Union[HeadSide, LogitsSide]
+    teacher: Union[HeadSide, LogitsSide]
+    rows: int  # tokens per chunk; the last may have fewer
+    workspace_bytes: int
+
+
+def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement:
+    """The two sides and the chunk size of a call that ``backend`` serves on ``device``."""
+    # Where both models project, the chunk's layout is ours to choose. Logits that exist are rows.
+    vocabulary_major = problem.student.is_head and problem.teacher.is_head and backend in VOCABULARY_MAJOR
+    student, teacher = (
+        _side(problem, model, vocabulary_major) for model in (problem.student, problem.teacher)
+    )
+    itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
+
+    def room(tokens: int) -> int:
+        rows, columns = (problem.vocab, tokens) if vocabulary_major else (tokens, problem.vocab)
+        return sum(footprint(rows, columns, size) for size in itemsizes)
+
+    budget = problem.workspace_bytes
+    if budget is None:
+        budget = default_workspace(device)
+    granule = _GRANULE.get(device.type, 1)
+    rows = chunk_rows(problem.walked, problem.vocab, itemsizes, budget, room, granule)
+    return Arrangement(student, teacher, rows, room(rows))
+
+
 @dataclass
 class Outcome:
     loss: Tensor  # [N] float64: soft_weight * divergence + hard_weight * cross-entropy
@@ -99,12 +134,8 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     """
     device = problem.student.values.device
     name, kernel = pick("row_divergence", device, problem.backend)
-    # Where both models project, the chunk's layout is ours to choose. Logits that exist are rows.
-    vocabulary_major = problem.student.is_head and problem.teacher.is_head and name in VOCABULARY_MAJOR
-    student, teacher = (
-        _side(problem, model, vocabulary_major) for model in (problem.student, problem.teacher)
-    )
-    n = problem.tokens if problem.rows is None else problem.rows.numel()
+    cut = arrange(problem, name, device)
+    student, teacher, chunk, n = cut.student, cut.teacher, cut.rows, problem.walked
 
     soft = problem.per_token(problem.soft_weight)
     hard = torch.zeros_like(soft) if problem.hard_weight is None else problem.per_token(problem.hard_weight)
@@ -121,20 +152,10 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     else:
         stats = statistics if problem.rows is None else statistics[problem.rows]
 
-    itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
-
-    def room(tokens: int) -> int:
-        rows, columns = (problem.vocab, tokens) if vocabulary_major else (tokens, problem.vocab)
-        return sum(footprint(rows, columns, size) for size in itemsizes)
-
-    budget = problem.workspace_bytes
-    if budget is None:
-        budget = default_workspace(device)
-    chunk = chunk_rows(n, problem.vocab, itemsizes, budget, room, _GRANULE.get(device.type, 1))
     for start in range(0, n, chunk):
         stop = min(n, start + chunk)
         part = slice(start, stop)
-        with borrow(room(chunk), device) as workspace:
+        with borrow(cut.workspace_bytes, device) as workspace:
             s = student.project(start, stop, workspace, t_s[part])
             t = teacher.project(start, stop, workspace, t_t[part])
             job = R.RowJob(
@@ -206,6 +227,8 @@ def default_workspace(device: torch.device) -> int:
     """Bytes of scratch memory where the caller names none."""
     if device.type != "cuda":
         return CPU_WORKSPACE
+    if not torch.cuda.is_available():  # a plan for a machine that is not here
+        return GPU_LEAST
     share = torch.cuda.get_device_properties(device).total_memory // GPU_SHARE
     return min(max(share, GPU_LEAST), GPU_MOST)
 
