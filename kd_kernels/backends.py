@@ -77,6 +77,8 @@ def pick(op: str, device: torch.device, backend: Optional[str]) -> tuple[str, Ro
     for name in [backend] if backend else offers:
         kernel, objections = offers[name]
         reasons = objections(device)
+        if backend is None and name == "triton" and device.type == "cpu":
+            reasons = reasons or ["interpreted only when named"]
         if not reasons and kernel is not None:
             if name == "reference" and backend is None and device.type == "cpu":
                 _warn_slow(refused)

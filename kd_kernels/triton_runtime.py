@@ -67,8 +67,13 @@ def why_not(device: torch.device) -> list[str]:
         return ["serves GPU tensors, got cpu (TRITON_INTERPRET=1 interprets it there, slowly)"]
     if device.type not in ("cpu", "cuda"):
         return [f"serves CUDA and ROCm tensors, got {device}"]
-    reason = _load()[1]
-    return [] if reason is None else [reason]
+    module, reason = _load()
+    if module is None:
+        return [str(reason)]
+    # Triton reads the variable when a kernel is defined.
+    if device.type == "cpu" and not type(module.row_divergence).__name__.startswith("Interpreted"):
+        return ["TRITON_INTERPRET was set after the kernels had been loaded; set it before"]
+    return []
 
 
 def _split(value: float) -> tuple[float, float]:
