@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -20,3 +23,20 @@ def test_quick_run():
 
 def test_readme_table_is_generated():
     run("benchmarks/table.py", "--check")
+
+
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
+    """Without a device it proves nothing, says so and fails; its cases are there."""
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here: run benchmarks/gpu_check.py itself")
+    command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "no CUDA device" in done.stderr
+    import gpu_check
+
+    cases = [what for what, _ in gpu_check.measurements(tmp_path, "cuda")]
+    assert (
+        len(cases)
+        == len(set(cases))
+        == sum(len(o) for _, o in gpu_check.HEAD_CASES) + len(gpu_check.ROW_CASES)
+    )
