@@ -32,13 +32,13 @@ class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("kinds", [("head", "head"), ("head", "logits"), ("logits", "logits")], ids="x".join)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
-def test_opcheck(kinds, reduction, dtype):
+def test_opcheck(kinds, reduction, dtype, backend):
     batch = Batch(lead=(2, 3), vocab=37)
     student, teacher = (batch.source(side, kind, dtype) for side, kind in zip(("student", "teacher"), kinds))
     with _Recorder() as recorder:
         loss = kd.distill(
             student, teacher, JS, labels=batch.labels, hard_weight=0.5, temperature=batch.temperature,
-            reduction=reduction, teacher_grad=True,
+            reduction=reduction, teacher_grad=True, backend=backend,
         )  # fmt: skip
         loss.sum().backward()
     seen = {str(op) for op in recorder.calls}
