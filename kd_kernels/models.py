@@ -85,7 +85,8 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
             which :meth:`Head.from_model` does not know what it does to hidden states.
         TypeError: not such a model.
 
-    The output layer's ``forward`` is replaced during the call: do not run one model from two threads. DDP
+    The output layer's ``forward`` is replaced during the call: do not run one model from two threads, and
+    expect no logits in the output layer's forward hooks. DDP
     with ``find_unused_parameters=True`` counts an untied trained head as unused and fails: leave it False.
     """
     owner = "last_hidden_state"

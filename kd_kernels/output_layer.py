@@ -30,7 +30,7 @@ class Lora(NamedTuple):
 def linear_layer(owner: str, layer: nn.Module) -> tuple[nn.Linear, list[Lora]]:
     """(the linear layer that gives the logits, the LoRA adapters active on it)."""
     adapters: list[Lora] = []
-    peft = peft_class(layer)
+    wrapper, peft = layer, peft_class(layer)
     if peft is not None and peft.__name__ == "ModulesToSaveWrapper":
         copies, active = layer.modules_to_save, list(layer.active_adapters)
         own = bool(active) and not layer.disable_adapters and all(name in copies for name in active)
@@ -45,7 +45,18 @@ def linear_layer(owner: str, layer: nn.Module) -> tuple[nn.Linear, list[Lora]]:
         )
     if type(layer).forward is not nn.Linear.forward:
         raise TypeError(_not_linear(owner, layer))
+    _refuse_patched(owner, {wrapper, layer})
     return layer, adapters
+
+
+def _refuse_patched(owner: str, layers: set[nn.Module]) -> None:
+    """A forward put on the instance may do anything to the logits. Accelerate's moves weights only."""
+    for layer in layers:
+        if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
+            raise ValueError(
+                f"{owner}: the output layer has a forward of its own instance, whose work on the logits "
+                f"would be ignored; take it off for the call, or {BY_HAND}"
+            )
 
 
 def _not_linear(owner: str, layer: nn.Module) -> str:

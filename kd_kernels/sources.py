@@ -35,8 +35,8 @@ def _check_shaping(owner: str, scale: float, softcap: Optional[float]) -> None:
     for name, value in (("scale", scale), ("softcap", softcap)):
         if isinstance(value, Tensor):
             raise TypeError(f"{owner}: {name} must be a number, got a tensor; use {name}.item()")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{owner}: softcap must be > 0, or None for no softcap, got {softcap}")
+    if softcap is not None and not 1e-30 < softcap < float("inf"):
+        raise ValueError(f"{owner}: softcap must be > 0 and finite, or None for no softcap, got {softcap}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,11 @@ def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict:
     """What a launch asks of the compiler."""
     # u_s - u_t must vanish where student and teacher agree: no product is fused into it.
     chosen: dict = {"num_warps": num_warps, "enable_fp_fusion": False}
-    if not hip:
+    if hip:
+        # Waves of 64: as many threads. More threads than numbers would each do another's work again, and a
+        # gradient stored over the logits would meet the late ones.
+        chosen["num_warps"] = max(1, num_warps // 2)
+    else:
         chosen["maxnreg"] = 128  # without a word ptxas spills a few numbers for the sake of occupancy
     return chosen
 

@@ -245,6 +245,11 @@ ERRORS = {
     "device absent": (["bench", *TINY, "--device", "cuda:99"], "torch sees"),
     "selftest device": (["selftest", "--device", "cuda:99"], "torch sees"),
     "plot folder": (["bench", *TINY, "--plot", "/nowhere/x.png"], "--plot"),
+    "plot suffix": (["bench", *TINY, "--plot", "x.nonsense"], "--plot"),
+    "absurd": (
+        ["plan", "--tokens", "9" * 20, "--vocab", "8", "--student", "8", "--teacher", "8"],
+        "--tokens",
+    ),
 }
 
 

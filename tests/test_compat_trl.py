@@ -567,3 +567,15 @@ def test_models_that_are_not_covered_are_refused(tmp_path):
         trainer.model.config.logits_scale = 0.5  # nothing that a Llama does
         with pytest.raises(ValueError, match="logits_scale=0.5, which may shape its logits"):
             trainer.compute_loss(trainer.model, {**inputs})
+
+
+def test_undo_does_not_throw_away_what_was_put_over_it():
+    original = GKDTrainer.compute_loss
+    handle = compat.use_in_gkd(GKDTrainer)
+    ours = GKDTrainer.compute_loss
+    GKDTrainer.compute_loss = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="replaced again since"):
+        handle.undo()
+    GKDTrainer.compute_loss = ours
+    handle.undo()
+    assert GKDTrainer.compute_loss is original

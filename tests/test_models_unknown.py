@@ -170,6 +170,18 @@ def test_refused_by_name(case):
         kd.Head.from_model(make(), torch.randn(3, 8))
 
 
+def patched() -> nn.Linear:
+    layer = nn.Linear(8, 12, bias=False)
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) * 3
+    return layer
+
+
+def test_a_patched_forward_is_refused():
+    with pytest.raises(ValueError, match="would be ignored"):
+        kd.Head.from_model(with_layer(patched()), torch.randn(3, 8))
+
+
 def test_bad_inputs():
     model = Unknown()
     with pytest.raises(TypeError, match="hidden must be a tensor"):

@@ -286,3 +286,40 @@ def test_sharp_rows(objective, spread, backend):
     plain = gradients_of(lambda s, t: divergence(objective, s, t), torch.float32)
     for x, y, z in zip(run(objective, student, teacher, backend)[1:], plain, exact):
         assert error(x, z) <= 2 * error(y, z) + FLOOR[torch.float32]
+
+
+def test_a_row_of_the_lowest_finite_number_is_uniform(backend):
+    lowest = torch.full((2, 300), torch.finfo(torch.float32).min)
+    ours, *grads = run(kd.JensenShannon(0.3), lowest, torch.randn(2, 300), backend)
+    assert torch.isfinite(ours).all() and all(torch.isfinite(g).all() for g in grads)
+
+
+def test_cross_entropy_gradient_of_shifted_logits(backend):
+    """A constant on a whole row costs its own rounding and no more."""
+    logits = (torch.randn(3, 9) * 2 + 1e4).requires_grad_()
+    teacher, labels = torch.randn(3, 9), torch.tensor([3, 0, 8])
+    options = {"labels": labels, "hard_weight": 1.0, "soft_weight": 0.0, "reduction": "sum"}
+    kd.distill(logits, teacher, kd.ForwardKL(), backend=backend, **options).backward()
+    wide = logits.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(wide, labels, reduction="sum").backward()
+    assert error(logits.grad, wide.grad) < 1e-6
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0)], ids=str)
+def test_a_weight_of_zero_silences_an_infinite_divergence(weights, backend):
+    student, teacher = torch.randn(2, 2, 17)
+    (student if weights[0] == 0 else teacher)[:, 4] = -torch.inf
+    objective = kd.ReverseKL() if weights[0] == 0 else kd.ForwardKL()
+    ours, *grads = run(kd.WeightedKL(*weights), student, teacher, backend)
+    want = divergence(objective, student.double(), teacher.double())
+    assert error(ours, want) < 1e-5 and all(torch.isfinite(g).all() for g in grads)
+    assert error(divergence(kd.WeightedKL(*weights), student.double(), teacher.double()), want) < 1e-12
+
+
+def test_models_of_different_dtypes(backend):
+    student = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 9).bfloat16().requires_grad_()
+    kd.distill(student, teacher, kd.SkewKL(), teacher_grad=True, backend=backend).backward()
+    wide = [x.detach().double().requires_grad_() for x in (student, teacher)]
+    divergence(kd.SkewKL(), *wide).mean().backward()
+    assert error(student.grad, wide[0].grad) < 1e-12 and error(teacher.grad, wide[1].grad) < 4e-3

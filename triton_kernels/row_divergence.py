@@ -102,6 +102,8 @@ def store_gradient(start, columns, inside, gradient, z, softcap, CAPPED: tl.cons
     if CAPPED:  # the softcap's derivative 1 - (z / softcap)^2; a 0 stays 0 whatever z is
         y = z / softcap
         gradient = tl.where(gradient == 0.0, 0.0, gradient * (1.0 - y) * (1.0 + y))
+    if start.dtype.element_ty == tl.bfloat16:
+        gradient = gradient.to(tl.float32)  # the interpreter makes 0 of a float64 cast to bfloat16
     tl.store(start + columns, gradient.to(start.dtype.element_ty), mask=inside)
 
 
@@ -166,10 +168,13 @@ def row_divergence(
         label = tl.load(labels + row)
         known = (label >= 0) & (label < vocab)
         label = tl.where(known, label, -1).to(tl.int32)  # never read elsewhere
+        if STATISTICS:
+            # Now: the barriers of the reductions below order it before a gradient stored over the logits.
+            at_label = tl.load(start_s + label, mask=known, other=0.0).to(F)
     stats = statistics + row * STATISTIC_COLUMNS
 
     if STATISTICS:
-        lowest: tl.constexpr = -3.4028234663852886e38
+        lowest: tl.constexpr = -1.7976931348623157e308 if F == tl.float64 else -3.4028234663852886e38
         top_s, top_t = tl.full([BLOCK], lowest, F), tl.full([BLOCK], lowest, F)
         sum_s, sum_t = tl.zeros([BLOCK], F), tl.zeros([BLOCK], F)
         sum_hard = tl.zeros([BLOCK], F)
@@ -186,14 +191,14 @@ def row_divergence(
         logz_s = log_sum(sum_s, top_s, row_top_s, inverse_s)
         logz_t = log_sum(sum_t, top_t, row_top_t, inverse_t)
         logz_hard = log_sum(sum_hard, top_s, row_top_s, 1.0) if LABELS else logz_s
-        max_s = tl.where(row_top_s <= lowest, -float("inf"), row_top_s)
-        max_t = tl.where(row_top_t <= lowest, -float("inf"), row_top_t)
+        # Without a finite logit the sum is 0 and its logarithm NaN; the lowest finite number is a logit.
+        max_s = tl.where((row_top_s <= lowest) & (logz_s != logz_s), -float("inf"), row_top_s)
+        max_t = tl.where((row_top_t <= lowest) & (logz_t != logz_t), -float("inf"), row_top_t)
         tl.store(stats + 0, max_s.to(tl.float64))
         tl.store(stats + 1, logz_s)
         tl.store(stats + 2, max_t.to(tl.float64))
         tl.store(stats + 3, logz_t)
         if LABELS:
-            at_label = tl.load(start_s + label, mask=known, other=0.0).to(F)
             at_label = shaped(at_label, scale_s, cap_s, STUDENT_CAPPED)
             label_logit = tl.where(known, at_label, float("nan")).to(tl.float64)
             tl.store(stats + 4, logz_hard)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -212,6 +213,10 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib")
         if not args.plot.absolute().parent.is_dir():
             raise UsageError(f"--plot: there is no folder {args.plot.absolute().parent}")
+        if args.plot.is_dir() or args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise UsageError(f"--plot takes a file ending in .png, .pdf or .svg, got {args.plot}")
+        if not os.access(args.plot.absolute().parent, os.W_OK):
+            raise UsageError(f"--plot: {args.plot.absolute().parent} cannot be written to")
     case = Case.of(args)
     try:
         found = measure(case, args.compile, args.rounds, not args.no_memory)

@@ -30,7 +30,7 @@ def count(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value <= 0:
+    if not 0 < value < 1 << 40:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return value
 

@@ -193,12 +193,20 @@ class Undo:
         self._was_own, self._previous = name in vars(target), vars(target).get(name)
         function.kd_kernels_original = getattr(target, name)
         setattr(target, name, function if isinstance(target, type) else MethodType(function, target))
-        self._done = False
+        self._done, self._installed = False, vars(target)[name]
 
     def undo(self) -> None:
-        """Put the original back; a second call does nothing."""
+        """Put the original back; a second call does nothing.
+
+        Raises:
+            RuntimeError: something else has been put over it since; take that off first.
+        """
         if self._done:
             return
+        if vars(self._target).get(self._name) is not self._installed:
+            raise RuntimeError(
+                f"{self._name} has been replaced again since; take that off before undoing this"
+            )
         self._done = True
         if self._was_own:
             setattr(self._target, self._name, self._previous)

@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.objectives import Objective
+from kd_kernels.objectives import Objective, Weight
 from kd_kernels.sources import Head, Source
 
 
@@ -59,8 +59,13 @@ def divergence(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor
     if name == "total_variation":
         return 0.5 * (p - q).abs().sum(-1)
     if name == "weighted_kl":
-        return first * kl(p, lp, lq) + second * kl(q, lq, lp)
+        return _times(first, kl(p, lp, lq)) + _times(second, kl(q, lq, lp))
     raise ValueError(f"no reference for objective {objective.name!r}")
+
+
+def _times(weight: Weight, value: Tensor) -> Tensor:
+    """A weight of 0 silences a divergence even where that is infinite."""
+    return torch.where(torch.as_tensor(weight, device=value.device) == 0, 0.0, weight * value)
 
 
 def logits_of(source: Source) -> Tensor:

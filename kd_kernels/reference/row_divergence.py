@@ -105,7 +105,11 @@ def _total_variation(v: _Point, a: Tensor, b: Tensor):
 
 def _weighted_kl(v: _Point, forward: Tensor, reverse: Tensor):
     f, r = _forward_kl(v, forward, reverse), _reverse_kl(v, forward, reverse)
-    return tuple(forward * x + reverse * y for x, y in zip(f, r))
+    # a weight of 0 silences its divergence even where that one is infinite
+    return tuple(
+        torch.where(forward == 0, 0.0, forward * x) + torch.where(reverse == 0, 0.0, reverse * y)
+        for x, y in zip(f, r)
+    )
 
 
 ELEMENTS = {
@@ -180,7 +184,8 @@ def row_divergence(job: R.RowJob, phases: int) -> None:
         g = soft / t_s[:, None] * (student - point.q * _mean(stats, R.SUM_STUDENT, R.MASS_STUDENT, dtype))
         if job.labels is not None:
             hit = torch.arange(vocab, device=z_s.device) == job.labels[:, None]
-            q_hard = (z_s - (stats[:, R.MAX_STUDENT] + stats[:, R.LOGZ_HARD])[:, None].to(dtype)).exp()
+            below_max = z_s - stats[:, R.MAX_STUDENT, None].to(dtype)
+            q_hard = (below_max - stats[:, R.LOGZ_HARD, None].to(dtype)).exp()
             bad_label = torch.isnan(stats[:, R.LABEL_LOGIT, None])
             g = g + hard * torch.where(bad_label, torch.nan, q_hard - hit.to(dtype))
         _store(job.student, g, z_s, dead)
