@@ -14,10 +14,11 @@ from typing import Optional
 import torch
 
 from kd_kernels import native, triton_runtime
+from kd_kernels.reference.gather import gather as reference_gather
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
-from kd_kernels.rows import RowJob
+from kd_kernels.reference.topk import topk as reference_topk
 
-RowKernel = Callable[[RowJob, int], None]
+RowKernel = Callable[..., None]  # (job, phases), or (job) where there is one phase
 
 
 class BackendUnavailable(RuntimeError):
@@ -44,6 +45,18 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_runtime.row_divergence, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_row_divergence, lambda device: []),
+    },
+    "gather": {
+        "cpu": (None, _not_built),
+        "triton": (None, _not_built),
+        "cuda": (None, _not_built),
+        "reference": (reference_gather, lambda device: []),
+    },
+    "topk": {
+        "cpu": (None, _not_built),
+        "triton": (None, _not_built),
+        "cuda": (None, _not_built),
+        "reference": (reference_topk, lambda device: []),
     },
 }
 

@@ -1,7 +1,7 @@
-"""The row kernel's contract, as csrc/row_divergence.h states it for the compiled backends.
+"""The row kernels' contracts, as csrc/*.h state them for the compiled backends.
 
-A driver fills these; every backend's ``row_divergence(job, phases)`` reads and writes the tensors in
-place and returns nothing.
+A driver fills a job; every backend's ``row_divergence(job, phases)``, ``gather(job, phases)`` and
+``topk(job)`` reads and writes the job's tensors in place and returns nothing.
 """
 
 from __future__ import annotations
@@ -82,6 +82,75 @@ class RowJob:
     statistics: Tensor  # [n, 10] float64
     terms: Tensor  # [n, 4] float64
     entropies: bool
+
+
+# Columns of a gather's ``statistics`` [n, 4] float64: over the entries that are at none of the row's ids. Where
+# there are none, or all are -inf: -inf, -inf, -inf, 0.
+OTHERS_MAX, OTHERS_LOGZ, OTHERS_LOGZ_HARD, OTHERS_MEAN = range(4)
+GATHER_COLUMNS = 4
+
+
+@dataclass
+class GatherJob:
+    """One call of the gather kernel over ``n`` rows: a few entries by id, and sums over all the others.
+
+    STATISTICS fills ``gathered`` and ``statistics``: with z the logit after scale and softcap and
+    ``x = (z - max z) / temperature``, over the others, max z, ``log sum exp(x)``, the same at temperature 1, and
+    the mean of x under ``exp(x)``.
+
+    GRADIENT writes ``side.grad``, the gradient with respect to the raw logit. With
+    ``log share = x - OTHERS_LOGZ``, dL/dz of an entry among the others is
+    ``share (soft + slope log share) + hard share_hard``, 0 where z is -inf; at the ids it is ``at_ids``.
+    """
+
+    n: int
+    vocab: int
+    side: Rows
+    ids: Tensor  # [n, K] int32, ascending, none twice; -1 (unused) in front
+    gathered: Tensor  # [n, K] float64: z at the ids, -inf where unused
+    statistics: Tensor  # [n, 4] float64
+    hard: bool  # whether OTHERS_LOGZ_HARD and hard_weight are wanted
+    means: bool  # whether OTHERS_MEAN is wanted
+    # For the gradient phase; a coefficient of 0 silences its summand whatever the row holds.
+    soft: Optional[Tensor] = None  # [n] float64
+    slope: Optional[Tensor] = None  # [n] float64; None: 0
+    hard_weight: Optional[Tensor] = None  # [n] float64
+    at_ids: Optional[Tensor] = None  # [n, K] float64
+
+
+# Columns of a topk's ``statistics`` [n, 1 + 3 M] float64: the largest logit, then for each temperature
+# log sum exp(z / temperature), entropy, and the log of the probability that is not among the k largest.
+TOPK_MAX = 0
+TOPK_LSE, TOPK_ENTROPY, TOPK_LOG_TAIL = range(3)
+
+
+def topk_column(which: int, temperature: int = 0) -> int:
+    """Where TOPK_LSE, TOPK_ENTROPY or TOPK_LOG_TAIL of the i-th temperature stands."""
+    return 1 + 3 * temperature + which
+
+
+@dataclass
+class TopkJob:
+    """One call of the topk kernel over ``n`` rows, forward only; z is the logit after scale and softcap.
+
+    The order is by z descending, then by id ascending. A logit of -inf is never among the k largest: where a
+    row has fewer, ``ids`` is -1 and ``values`` -inf. A row with NaN, with +inf, or without a finite logit has
+    NaN statistics (its ids and samples are in range or -1, and otherwise unspecified).
+    """
+
+    n: int
+    vocab: int
+    side: Rows  # row-major; temperature and grad are not read
+    temperatures: Tensor  # [M] float64, M >= 1
+    ids: Tensor  # [n, k] int32; k may be 0
+    values: Tensor  # [n, k] float64: z of the k largest
+    statistics: Tensor  # [n, 1 + 3 M] float64
+    targets: Tensor  # [n, R] int64, R may be 0; out of [0, vocab): value NaN, rank 0
+    target_values: Tensor  # [n, R] float64: z
+    target_ranks: Tensor  # [n, R] int32: 1 + how many entries come before the target in the order
+    # Draws from softmax(z / temperatures[0]) by inversion, in the order of the vocabulary:
+    uniforms: Tensor  # [n, N] float64 in [0, 1), N may be 0
+    samples: Tensor  # [n, N] int32: the first id whose cumulated probability exceeds the uniform
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 // Logits and gradients between their storage type and the arithmetic type, a segment of kLanes<T> at a time.
 #pragma once
-#include "../row_divergence.h"
+#include "../rows.h"
 #include "vec.h"
 
 namespace kd {
@@ -146,6 +146,19 @@ void store_segments(const T* block, const BlockShape& shape, void* base) {
       std::memcpy(target, partial, static_cast<size_t>(width) * sizeof(Raw));
     }
   }
+}
+
+inline int element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64:
+      return 8;
+    case Dtype::float32:
+      return 4;
+    case Dtype::bfloat16:
+    case Dtype::float16:
+      break;
+  }
+  return 2;
 }
 
 template <class T>

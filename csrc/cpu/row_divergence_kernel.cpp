@@ -1,13 +1,10 @@
-// The row kernel for one instruction set: compiled once per KD_ISA, called through row_divergence.cpp.
-//
-// A strip is kLanes numbers wide: one row whose vocabulary runs along the lanes (row-major), or as many
-// tokens as there are lanes (vocabulary-major). It is walked in blocks: load converts type, layout, scale
-// and softcap away; the arithmetic is templated on the objective and the number type only; store
-// converts back. So storage and objectives never multiply.
+// The row kernel for one instruction set: compiled once per KD_ISA, called through dispatch.cpp.
+// The arithmetic is templated on the objective and the number type only, storage is converted at a block's
+// edges (strip.h): storage and objectives never multiply.
 #include <cstdlib>
 
-#include "row_divergence_blocks.h"
-#include "row_divergence_isa.h"
+#include "isa.h"
+#include "strip.h"
 
 namespace kd {
 namespace KD_ISA {
@@ -52,26 +49,17 @@ SoftBlocks<T> soft_blocks(Objective objective) {
   return soft_blocks_of<T, WeightedKL>();
 }
 
-int element_size(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64:
-      return 8;
-    case Dtype::float32:
-      return 4;
-    case Dtype::bfloat16:
-    case Dtype::float16:
-      break;
-  }
-  return 2;
-}
-
 template <class T>
-class StripRunner {
+class StripRunner : Strip<T> {
+  using Base = Strip<T>;
+  using Base::ahead, Base::ahead_gradient, Base::block_width, Base::entry, Base::first_, Base::load, Base::reduce;
+  using Base::row_major_, Base::shape, Base::step_width, Base::store, Base::token, Base::tokens_;
+
  public:
   StripRunner(const RowDivergence& args, unsigned phases)
-      : args_(args),
+      : Base(args.student, args.n, args.vocab),
+        args_(args),
         phases_(phases),
-        row_major_(args.student.offsets != nullptr),
         soft_(soft_blocks<T>(args.objective)),
         want_terms_(phases & kTerms),
         want_student_(phases & kGradient && args.student.grad),
@@ -91,13 +79,8 @@ class StripRunner {
   StripRunner(const StripRunner&) = delete;
   StripRunner& operator=(const StripRunner&) = delete;
 
-  static int64_t strips(const RowDivergence& args) {
-    return args.student.offsets ? args.n : (args.n + kLanes<T> - 1) / kLanes<T>;
-  }
-
   void run(int64_t strip) {
-    first_ = row_major_ ? strip : strip * kLanes<T>;
-    tokens_ = row_major_ ? 1 : static_cast<int>(args_.n - first_ < kLanes<T> ? args_.n - first_ : kLanes<T>);
+    this->move_to(strip);
     set_up_lanes();
     if (phases_ & kStatistics) statistics_pass();
     if (!want_terms_ && !want_student_ && !want_teacher_) return;
@@ -119,53 +102,7 @@ class StripRunner {
   }
 
  private:
-  // Vocabulary entries per step of a strip.
-  int64_t step_width() const { return row_major_ ? kLanes<T> : 1; }
-  int64_t block_width() const { return kSteps * step_width(); }
-
-  // The token that a lane belongs to; lanes past the last token repeat it and are never written.
-  int64_t token(int lane) const { return row_major_ ? first_ : first_ + (lane < tokens_ ? lane : tokens_ - 1); }
   double* statistics(int64_t row) const { return args_.statistics + row * kStatisticColumns; }
-
-  BlockShape shape(const int64_t* offsets, int64_t ld, int64_t v) const {
-    const int64_t left = args_.vocab - v;
-    if (row_major_) {
-      const int64_t count = left < block_width() ? left : block_width();
-      const int steps = static_cast<int>((count + kLanes<T> - 1) / kLanes<T>);
-      const int last = static_cast<int>(count - int64_t{steps - 1} * kLanes<T>);
-      return {offsets[first_] + v, kLanes<T>, steps, kLanes<T>, last};
-    }
-    return {v * ld + first_, ld, static_cast<int>(left < kSteps ? left : kSteps), tokens_, tokens_};
-  }
-
-  // Row-major blocks follow one another, which the hardware sees by itself.
-  Ahead ahead(const void* base, Dtype dtype, int64_t ld, int64_t v) const {
-    Ahead next;
-    next.address = reinterpret_cast<uintptr_t>(base);
-    if (row_major_ || v + kSteps >= args_.vocab) return next;
-    next.number_bytes = element_size(dtype);
-    next.step_bytes = ld * next.number_bytes;
-    next.address += static_cast<uintptr_t>((v + kSteps) * next.step_bytes + first_ * next.number_bytes);
-    return next;
-  }
-  Ahead ahead(const Side& side, int64_t v) const { return ahead(side.logits, side.dtype, side.ld, v); }
-  Ahead ahead_gradient(const Side& side, int64_t v) const { return ahead(side.grad, side.grad_dtype, side.grad_ld, v); }
-
-  int load(const Side& side, int64_t v, Block<T>& z) const {
-    const BlockShape at = shape(side.offsets, side.ld, v);
-    load_block(side.logits, side.dtype, at, z.at);
-    if (side.scale != 1.0 || side.softcap != 0.0) apply_head(z.at, at.steps, side.scale, side.softcap);
-    if (row_major_) {
-      for (int i = at.last_width; i < kLanes<T>; ++i) z.at[(at.steps - 1) * kLanes<T> + i] = -kInfinity<T>;
-    }
-    return at.steps;
-  }
-
-  void store(const Side& side, int64_t v, const Block<T>& z, T* gradient) const {
-    const BlockShape at = shape(side.grad_offsets, side.grad_ld, v);
-    if (side.softcap != 0.0) chain_softcap(gradient, z.at, at.steps, side.softcap);
-    store_block(gradient, side.grad_dtype, at, side.grad);
-  }
 
   void set_up_lanes() {
     any_label_ = any_hard_ = false;
@@ -236,7 +173,7 @@ class StripRunner {
   T* label_entry(T* block, int64_t v, int i) const {
     const int64_t at = label_[i] - v;
     if (label_[i] < v || at >= block_width()) return nullptr;
-    return block + (row_major_ ? at : at * kLanes<T> + i);
+    return block + entry(label_[i], v, i);
   }
 
   void reduce_statistics(const OnlineSum<T>& online, const SideLanes<T>& side, int token, bool hard, double& max,
@@ -350,13 +287,6 @@ class StripRunner {
       if (T* entry = label_entry(gradient, v, i)) *entry -= hard_.coefficient.at[i];
   }
 
-  double reduce(const double* lanes, int token) const {
-    if (!row_major_) return lanes[token];
-    double total = 0.0;
-    for (int i = 0; i < kLanes<T>; ++i) total += lanes[i];
-    return total;
-  }
-
   void write_terms() {
     for (int i = 0; i < tokens_; ++i) {
       double* row = statistics(token(i));
@@ -374,14 +304,11 @@ class StripRunner {
 
   const RowDivergence& args_;
   const unsigned phases_;
-  const bool row_major_;
   const SoftBlocks<T> soft_;
   const bool want_terms_, want_student_, want_teacher_;
   bool teacher_parts_, fused_;
   T *kept_ = nullptr, *kept_q_ = nullptr;
 
-  int64_t first_ = 0;  // token of the strip
-  int tokens_ = 0;     // in the strip
   bool any_label_ = false, any_hard_ = false, all_temperatures_one_ = true;
   int64_t label_[kLanes<T>];  // -1: none in range
   SideLanes<T> student_, teacher_;
@@ -393,23 +320,9 @@ class StripRunner {
 };
 
 template <class T>
-void run_strips(const RowDivergence& args, unsigned phases) {
-  const int64_t strips = StripRunner<T>::strips(args);
-  // Waking a team costs some microseconds: as long as one thread takes for this many entries.
-  constexpr double kSmall = 1 << 14;
-  int64_t threads = static_cast<double>(args.n) * static_cast<double>(args.vocab) < kSmall ? 1 : args.threads;
-  threads = threads < strips ? threads : strips;
-  if (threads <= 1) {
-    StripRunner<T> runner(args, phases);
-    for (int64_t strip = 0; strip < strips; ++strip) runner.run(strip);
-    return;
-  }
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  {
-    StripRunner<T> runner(args, phases);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < strips; ++strip) runner.run(strip);
-  }
+void run(const RowDivergence& args, unsigned phases) {
+  const double entries = static_cast<double>(args.n) * static_cast<double>(args.vocab);
+  run_strips<StripRunner<T>>(Strip<T>::strips(args.student, args.n), entries, args.threads, args, phases);
 }
 
 }  // namespace
@@ -417,9 +330,9 @@ void run_strips(const RowDivergence& args, unsigned phases) {
 void row_divergence(const RowDivergence& args, unsigned phases) {
   const bool wide = args.student.dtype == Dtype::float64 || args.teacher.dtype == Dtype::float64;
   if (wide) {
-    run_strips<double>(args, phases);
+    run<double>(args, phases);
   } else {
-    run_strips<float>(args, phases);
+    run<float>(args, phases);
   }
 }
 

@@ -123,7 +123,7 @@ ELEMENTS = {
 }
 
 
-def _shifted(side: R.Rows, n: int, vocab: int, dtype: torch.dtype) -> Tensor:
+def shifted(side: R.Rows, n: int, vocab: int, dtype: torch.dtype) -> Tensor:
     """z, the logits after scale and softcap, ``[n, V]``."""
     z = side.read(n, vocab).to(dtype) * side.scale
     return side.softcap * torch.tanh(z / side.softcap) if side.softcap else z
@@ -140,7 +140,7 @@ def row_divergence(job: R.RowJob, phases: int) -> None:
     double = torch.float64 in (job.student.logits.dtype, job.teacher.logits.dtype)
     dtype = torch.float64 if double else torch.float32
     n, vocab, stats = job.n, job.vocab, job.statistics
-    z_s, z_t = (_shifted(side, n, vocab, dtype) for side in (job.student, job.teacher))
+    z_s, z_t = (shifted(side, n, vocab, dtype) for side in (job.student, job.teacher))
     t_s, t_t = job.student.temperature.to(dtype), job.teacher.temperature.to(dtype)
     one = torch.ones_like(t_s)
     if phases & R.STATISTICS:

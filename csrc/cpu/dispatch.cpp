@@ -1,18 +1,18 @@
 // Chooses the instruction set at run time.
-#include "../row_divergence.h"
-
 #include <cstdlib>
 #include <cstring>
 
-#include "row_divergence_isa.h"
+#include "isa.h"
 
 namespace kd {
 namespace {
 
 struct InstructionSet {
   const char* name;
-  void (*row_divergence)(const RowDivergence&, unsigned);
+  decltype(&baseline::row_divergence) row_divergence;
 };
+#define KD_INSTRUCTION_SET(isa) \
+  InstructionSet { #isa, isa::row_divergence }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -21,12 +21,12 @@ InstructionSet choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && allows("avx2") && allows("baseline")) return {"avx512", avx512::row_divergence};
-  if (avx2 && allows("baseline")) return {"avx2", avx2::row_divergence};
+  if (avx512 && allows("avx2") && allows("baseline")) return KD_INSTRUCTION_SET(avx512);
+  if (avx2 && allows("baseline")) return KD_INSTRUCTION_SET(avx2);
 #else
   (void)allows;
 #endif
-  return {"baseline", baseline::row_divergence};
+  return KD_INSTRUCTION_SET(baseline);
 }
 
 const InstructionSet& chosen() {

@@ -1,0 +1,15 @@
+// The kernels of each instruction set that *_kernel.cpp are compiled for.
+#pragma once
+#include "../row_divergence.h"
+
+namespace kd {
+#define KD_DECLARE_KERNELS(isa)                                    \
+  namespace isa {                                                  \
+  void row_divergence(const RowDivergence& args, unsigned phases); \
+  }
+
+KD_DECLARE_KERNELS(baseline)
+KD_DECLARE_KERNELS(avx2)
+KD_DECLARE_KERNELS(avx512)
+#undef KD_DECLARE_KERNELS
+}  // namespace kd
