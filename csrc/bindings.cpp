@@ -1,6 +1,7 @@
 // Addresses, integers and floats in; nothing of torch. The Python side keeps the memory alive and checks it.
 #include <pybind11/pybind11.h>
 
+#include "gather.h"
 #include "gemm.h"
 #include "row_divergence.h"
 
@@ -9,7 +10,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change to this file's signatures; kd_kernels/native.py compares.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -77,6 +78,28 @@ void def_row_divergence(py::module_& module) {
              py::call_guard<py::gil_scoped_release>());
 }
 
+void def_gather(py::module_& module) {
+  using kd::Gather;
+  py::class_<Gather> args(module, "Gather");
+  args.def(py::init<>());
+  args.def_readwrite("n", &Gather::n);
+  args.def_readwrite("vocab", &Gather::vocab);
+  args.def_readwrite("side", &Gather::side);
+  args.def_readwrite("k", &Gather::k);
+  def_pointer(args, "ids", &Gather::ids);
+  def_pointer(args, "gathered", &Gather::gathered);
+  def_pointer(args, "statistics", &Gather::statistics);
+  args.def_readwrite("hard", &Gather::hard);
+  args.def_readwrite("means", &Gather::means);
+  def_pointer(args, "soft", &Gather::soft);
+  def_pointer(args, "slope", &Gather::slope);
+  def_pointer(args, "hard_weight", &Gather::hard_weight);
+  def_pointer(args, "at_ids", &Gather::at_ids);
+  args.def_readwrite("threads", &Gather::threads);
+
+  module.def("gather", &kd::gather, py::arg("args"), py::arg("phases"), py::call_guard<py::gil_scoped_release>());
+}
+
 void gemm_bf16(int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t b, int64_t b_row,
                int64_t b_col, uintptr_t c, int64_t ldc, bool accumulate, int threads) {
   kd::GemmBf16 args;
@@ -109,6 +132,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("abi_version") = kAbiVersion;
   def_side(module);
   def_row_divergence(module);
+  def_gather(module);
   def_gemm(module);
 
   module.def("instruction_set", &kd::instruction_set);

@@ -47,7 +47,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "reference": (reference_row_divergence, lambda device: []),
     },
     "gather": {
-        "cpu": (None, _not_built),
+        "cpu": (native.gather, _cpu_objections),
         "triton": (None, _not_built),
         "cuda": (None, _not_built),
         "reference": (reference_gather, lambda device: []),

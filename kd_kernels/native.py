@@ -11,12 +11,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import RowJob, Rows
+from kd_kernels.rows import GatherJob, RowJob, Rows
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-_ABI_VERSION = 2  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_ABI_VERSION = 3  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
 _REBUILD = "run `pip install .` in the source tree with a C++ compiler"
 
 
@@ -78,6 +78,21 @@ def row_divergence(job: RowJob, phases: int) -> None:
     args.entropies = job.entropies
     args.threads = torch.get_num_threads()
     native.row_divergence(args, phases)
+
+
+def gather(job: GatherJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.gather`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.Gather()
+    args.n, args.vocab = job.n, job.vocab
+    args.side = _side(job.side)
+    args.k, args.ids = job.ids.shape[1], job.ids.data_ptr()
+    args.gathered, args.statistics = job.gathered.data_ptr(), job.statistics.data_ptr()
+    args.hard, args.means = job.hard, job.means
+    args.soft, args.slope = _address(job.soft), _address(job.slope)
+    args.hard_weight, args.at_ids = _address(job.hard_weight), _address(job.at_ids)
+    args.threads = torch.get_num_threads()
+    native.gather(args, phases)
 
 
 # --- bfloat16 products with a float32 result ---------------------------------------------------------

@@ -9,10 +9,11 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  decltype(&baseline::gather) gather;
   decltype(&baseline::row_divergence) row_divergence;
 };
 #define KD_INSTRUCTION_SET(isa) \
-  InstructionSet { #isa, isa::row_divergence }
+  InstructionSet { #isa, isa::gather, isa::row_divergence }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -35,6 +36,10 @@ const InstructionSet& chosen() {
 }
 
 }  // namespace
+
+void gather(const Gather& args, unsigned phases) {
+  if (args.n > 0) chosen().gather(args, phases);
+}
 
 void row_divergence(const RowDivergence& args, unsigned phases) {
   if (args.n > 0) chosen().row_divergence(args, phases);

@@ -1,10 +1,12 @@
 // The kernels of each instruction set that *_kernel.cpp are compiled for.
 #pragma once
+#include "../gather.h"
 #include "../row_divergence.h"
 
 namespace kd {
 #define KD_DECLARE_KERNELS(isa)                                    \
   namespace isa {                                                  \
+  void gather(const Gather& args, unsigned phases);                \
   void row_divergence(const RowDivergence& args, unsigned phases); \
   }
 
