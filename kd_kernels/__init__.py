@@ -26,7 +26,7 @@ from kd_kernels.objectives import (  # noqa: E402
     TotalVariation,
     WeightedKL,
 )
-from kd_kernels.sources import Head, Logits  # noqa: E402
+from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
 from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "SparseTarget",
     "TotalVariation",
     "WeightedKL",
     "__version__",

@@ -60,6 +60,9 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
     },
 }
 
+# Backends whose gather kernel overwrites the logits at the ids: they must be scratch memory.
+OVERWRITES = frozenset({"triton"})
+
 # Backends that take the vocabulary-major layout too; the others read rows along the vocabulary.
 VOCABULARY_MAJOR = frozenset({"cpu", "reference"})
 

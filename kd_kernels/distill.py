@@ -13,7 +13,7 @@ from kd_kernels import rows as R
 from kd_kernels.backends import BackendUnavailable
 from kd_kernels.objectives import Objective
 from kd_kernels.ops.row_divergence import row_divergence
-from kd_kernels.sources import FLOATING, Head, Source, as_source
+from kd_kernels.sources import FLOATING, Head, Source, SparseTarget, Teacher, as_source, as_teacher
 
 __all__ = ["BackendUnavailable", "DistillationLoss", "Parts", "distill", "next_token_labels"]
 
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
 
 def distill(
     student: Source | Tensor,
-    teacher: Source | Tensor,
+    teacher: Teacher | Tensor,
     objective: Objective,
     *,
     labels: Optional[Tensor] = None,
@@ -68,7 +68,7 @@ def distill(
     Args:
         student: :class:`Head`, :class:`Logits` or a tensor of logits; leading dimensions are tokens.
         teacher: likewise, with the same leading shape; its hidden size may differ. A constant unless
-            ``teacher_grad``.
+            ``teacher_grad``. Or a :class:`SparseTarget`, which is a constant.
         objective: an entry of :mod:`kd_kernels.objectives`.
         labels: integer, leading shape, as they stand beside the hidden states (see
             :func:`next_token_labels`).
@@ -76,7 +76,7 @@ def distill(
         mask: bool, leading shape; True = counts. Combines with ``labels``.
         token_weight: leading shape; multiplies each token's loss (the sum, not the denominator).
         temperature: > 0, number or leading shape; divides the student's logits, and the teacher's too
-            unless it has its own.
+            unless it has its own. A :class:`SparseTarget` says which ones it can be brought to.
         teacher_temperature: > 0, number or leading shape; None: as ``temperature``.
         temperature_squared: multiply value and gradient of the divergence by the student's
             temperature squared.
@@ -109,13 +109,20 @@ def distill(
     Inference-mode tensors are taken; they carry no version counter, so do not change one before the
     backward pass. Double backward is not implemented and raises. ``torch.func`` transforms are refused.
     """
-    student, teacher = as_source("student", student), as_source("teacher", teacher)
+    student, teacher = as_source("student", student), as_teacher(teacher)
     _refuse_transforms(*student.tensors(), *teacher.tensors())
     _check_options(objective, reduction, num_items, vocab)
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes)
     lead, device = student.leading_shape, student.tensors()[0].device
     _check_sources(student, teacher, vocab)
-    if not teacher_grad:
+    sparse = isinstance(teacher, SparseTarget)
+    if sparse:
+        if teacher_grad:
+            raise ValueError("teacher_grad=True needs a teacher with gradients; a SparseTarget is a constant")
+        at = temperature if teacher_temperature is None else teacher_temperature
+        teacher, teacher_temperature = _at_temperature(teacher, at, student), 1.0
+        named = (_saveable(teacher.ids), _saveable(teacher.log_tail_mass), teacher.missing)
+    elif not teacher_grad:
         teacher = _detached(teacher)
 
     valid = _valid_tokens(labels, ignore_index, mask, lead, device)
@@ -141,6 +148,7 @@ def distill(
         )
     loss, terms, *_ = row_divergence(
         *tensors,
+        *(named if sparse else (None, None, "")),
         valid,
         None if labels is None else labels.reshape(-1),
         t_s,
@@ -269,13 +277,14 @@ def _check_types(
         raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
 
 
-def _check_sources(student: Source, teacher: Source, vocab: str) -> None:
+def _check_sources(student: Source, teacher: Teacher, vocab: str) -> None:
     if student.leading_shape != teacher.leading_shape:
         raise ValueError(
             f"student and teacher must have the same tokens; their leading shapes are "
             f"{tuple(student.leading_shape)} and {tuple(teacher.leading_shape)}"
         )
-    if student.vocab_size != teacher.vocab_size and vocab == "error":
+    sparse = isinstance(teacher, SparseTarget)
+    if not sparse and student.vocab_size != teacher.vocab_size and vocab == "error":
         raise ValueError(
             f"student has {student.vocab_size} vocabulary entries and teacher {teacher.vocab_size}; "
             f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
@@ -284,6 +293,9 @@ def _check_sources(student: Source, teacher: Source, vocab: str) -> None:
     autocast = torch.is_autocast_enabled(device.type)
     for name, source in (("student", student), ("teacher", teacher)):
         values, weight, bias = source.tensors()
+        extra = () if source is student or not sparse else (source.ids, source.log_tail_mass)
+        if any(x is not None and x.device != device for x in extra):
+            raise ValueError(f"the SparseTarget must be on the student's device, {device}")
         for part, tensor in (("values", values), ("weight", weight), ("bias", bias)):
             if tensor is None:
                 continue
@@ -386,7 +398,35 @@ def _count(valid: Optional[Tensor], lead: torch.Size, device: torch.device) -> T
     return torch.full((), lead.numel(), device=device) if valid is None else valid.sum()
 
 
-def _scalars(student: Source, teacher: Source, soft_weight: float, hard_weight: float) -> Tensor:
+def _at_temperature(target: SparseTarget, temperature: Scalar, student: Source) -> SparseTarget:
+    """The target at ``temperature``, its numbers detached and in the dtype in which the student's loss is."""
+    logprobs = target.logprobs.detach()
+    wide = student.tensors()[0].dtype == torch.float64
+    logprobs = logprobs.to(torch.float64 if wide else torch.float32)
+    if target.missing in ("tail", "unnormalised"):
+        if isinstance(temperature, Tensor) or temperature != target.temperature:
+            given = "a tensor" if isinstance(temperature, Tensor) else temperature
+            raise ValueError(
+                f"the teacher's temperature is {given}, but this SparseTarget was recorded at {target.temperature} "
+                f'and missing="{target.missing}" cannot be brought to another; pass '
+                f"teacher_temperature={target.temperature}, record it at the temperature wanted, or renormalise"
+            )
+    elif isinstance(temperature, Tensor):
+        lead = target.leading_shape
+        _per_token("teacher_temperature", temperature, lead, logprobs.device)
+        ratio = target.temperature / temperature.detach().to(logprobs)
+        logprobs = logprobs * (ratio[..., None] if ratio.dim() else ratio)
+    elif temperature > 0:
+        logprobs = logprobs * (target.temperature / temperature)
+    else:
+        raise ValueError(f"teacher_temperature must be finite and > 0, got {temperature}")
+    tail = target.log_tail_mass
+    return SparseTarget(
+        target.ids.detach(), logprobs, target.missing, 1.0, None if tail is None else tail.detach()
+    )
+
+
+def _scalars(student: Source, teacher: Teacher, soft_weight: float, hard_weight: float) -> Tensor:
     shaping = [x for source in (student, teacher) for x in (source.scale, source.softcap or 0.0)]
     return torch.stack([_number(x) for x in (*shaping, soft_weight, hard_weight)])
 

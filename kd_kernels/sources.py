@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
@@ -168,7 +168,122 @@ class Logits:
         return self.values, None, None
 
 
+MISSING = ("tail", "teacher_renorm", "renorm_both", "unnormalised")
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTarget:
+    """A teacher known at a few tokens only: its top-K, or draws from it, saved earlier.
+
+    With ``t`` the recorded probabilities of a token's ids S, ``a = sum t``, and ``Q`` the student's mass on S,
+    ``missing`` says what to make of the other tokens:
+
+    * ``"tail"``: they are one more outcome, with ``1 - a`` against ``1 - Q``. Every objective; a lower bound of
+      the dense divergence, exact where K is the whole vocabulary.
+    * ``"teacher_renorm"``: ``t / a``, and 0 elsewhere. Not for reverse and weighted KL, which are infinite.
+    * ``"renorm_both"``: ``t / a`` against ``q / Q``, on S alone: says nothing about the student's other tokens.
+    * ``"unnormalised"``: ``sum t log(t / q)``, forward KL only. What draws need (:meth:`from_samples`); of a
+      top-K it inflates the head.
+
+    Sources: Anshumann et al. 2025, "Sparse Logit Sampling" (draws; why the renormalised forms are biased); the
+    tail outcome is the "ghost token" of the same.
+
+    Args:
+        ids: ``[..., K]`` integer; -1 where unused, in any place. Repeated ids add up.
+        logprobs: ``[..., K]`` floating: logarithms of t; -inf is a probability of 0. What stands at unused ids
+            does not matter.
+        missing: see above.
+        temperature: at which the probabilities were recorded. The renormalising modes can be brought to any
+            other; the others have to be trained at it (``teacher_temperature``).
+        log_tail_mass: ``[...]``, the logarithm of ``1 - a`` for ``missing="tail"``, as
+            :func:`kd_kernels.linear_topk` gives it. Without it, it is computed from ``logprobs``, and a teacher
+            surer than 1 - 1.2e-7 counts as that sure.
+
+    Raises:
+        TypeError, ValueError: shapes or dtypes that do not fit together, an unknown ``missing``.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    missing: str = "tail"
+    temperature: float = 1.0
+    log_tail_mass: Optional[Tensor] = None
+    scale: ClassVar[float] = 1.0
+    softcap: ClassVar[Optional[float]] = None
+
+    def __post_init__(self) -> None:
+        _check_ids("SparseTarget", self.ids)
+        _check_floating("SparseTarget", "logprobs", self.logprobs)
+        if self.logprobs.shape != self.ids.shape:
+            raise ValueError(
+                f"SparseTarget: ids and logprobs must have the same shape [..., K], got {tuple(self.ids.shape)} "
+                f"and {tuple(self.logprobs.shape)}"
+            )
+        if self.missing not in MISSING:
+            raise ValueError(
+                f"SparseTarget: missing must be one of {', '.join(MISSING)}, got {self.missing!r}"
+            )
+        if isinstance(self.temperature, Tensor) or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"SparseTarget: temperature must be a number > 0, got {self.temperature!r}")
+        if self.log_tail_mass is not None:
+            _check_floating("SparseTarget", "log_tail_mass", self.log_tail_mass)
+            if self.missing != "tail":
+                raise ValueError(
+                    f'SparseTarget: log_tail_mass goes with missing="tail", not {self.missing!r}'
+                )
+            if self.log_tail_mass.shape != self.ids.shape[:-1]:
+                raise ValueError(
+                    f"SparseTarget: log_tail_mass must have the leading shape {tuple(self.ids.shape[:-1])}, got "
+                    f"{tuple(self.log_tail_mass.shape)}"
+                )
+
+    @classmethod
+    def from_samples(cls, ids: Tensor, counts: Tensor) -> SparseTarget:
+        """Draws with replacement from the teacher: an unbiased estimate of forward KL and its gradient (up to the
+        teacher's entropy, a constant).
+
+        Args:
+            ids: ``[..., N]`` integer, -1 where unused.
+            counts: ``[..., N]`` integer: how often each was drawn.
+
+        Raises:
+            TypeError, ValueError: shapes or dtypes that do not fit, or negative counts (on CPU).
+        """
+        _check_ids("SparseTarget.from_samples", ids)
+        if not isinstance(counts, Tensor) or counts.dtype.is_floating_point or counts.shape != ids.shape:
+            shape = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+            raise ValueError(
+                f"SparseTarget.from_samples: counts must be integers of the shape of ids, {tuple(ids.shape)}; "
+                f"got {shape}"
+            )
+        counts = torch.where(ids < 0, 0, counts.to(torch.int64))
+        if counts.device.type == "cpu" and bool((counts < 0).any()):
+            raise ValueError("SparseTarget.from_samples: counts must be >= 0")
+        share = counts.to(torch.float64) / counts.sum(-1, keepdim=True)
+        return cls(ids, share.log().to(torch.float32), "unnormalised")
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        return self.ids.shape[:-1]
+
+    def tensors(self) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """(values, weight, bias) as the ops take them."""
+        return self.logprobs, None, None
+
+
+def _check_ids(owner: str, ids: object) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{owner}: ids must be a tensor, got {type(ids).__name__}")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"{owner}: ids must be integers, got {ids.dtype}")
+    if ids.dtype == torch.uint8:
+        raise TypeError(f"{owner}: ids are uint8, which can hold neither -1 nor a vocabulary; use int32")
+    if ids.dim() < 1 or ids.shape[-1] == 0:
+        raise ValueError(f"{owner}: ids must be [..., K] with K > 0, got shape {tuple(ids.shape)}")
+
+
 Source = Union[Head, Logits]
+Teacher = Union[Head, Logits, SparseTarget]
 
 
 def as_source(name: str, value: object) -> Source:
@@ -177,7 +292,14 @@ def as_source(name: str, value: object) -> Source:
         return value
     if isinstance(value, Tensor):
         return Logits(value)
+    if isinstance(value, SparseTarget):
+        raise TypeError(f"{name} is a SparseTarget, which only a teacher can be")
     raise TypeError(
         f"{name} must be kd.Head(hidden, weight), kd.Logits(values) or a tensor of logits, "
         f"got {type(value).__name__}"
     )
+
+
+def as_teacher(value: object) -> Teacher:
+    """As :func:`as_source`, or a sparse teacher."""
+    return value if isinstance(value, SparseTarget) else as_source("teacher", value)

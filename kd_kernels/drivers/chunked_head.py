@@ -7,6 +7,7 @@ turns them into per-token terms and logit gradients, two more GEMMs carry those 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional, Union
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
-from kd_kernels.backends import VOCABULARY_MAJOR, pick
+from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, RowKernel, pick
 from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
+from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
 from kd_kernels.drivers.workspace import borrow, footprint
 
 CPU_WORKSPACE = 256 << 20
@@ -49,9 +51,12 @@ class Problem:
     logits_dtype: Optional[torch.dtype]
     backend: Optional[str]
     workspace_bytes: Optional[int]
+    target: Optional[Target] = None  # a sparse teacher, in the place of ``teacher``
 
     @property
     def vocab(self) -> int:
+        if self.target is not None:
+            return self.student.vocab_size
         return min(self.student.vocab_size, self.teacher.vocab_size)
 
     @property
@@ -89,7 +94,7 @@ class Arrangement:
     """How a call is cut."""
 
     student: Union[HeadSide, LogitsSide]
-    teacher: Union[HeadSide, LogitsSide]
+    teacher: Union[HeadSide, LogitsSide, SparseSide]
     rows: int  # tokens per chunk; the last may have fewer
     workspace_bytes: int
 
@@ -97,10 +102,14 @@ class Arrangement:
 def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement:
     """The two sides and the chunk size of a call that ``backend`` serves on ``device``."""
     # Where both models project, the chunk's layout is ours to choose. Logits that exist are rows.
-    vocabulary_major = problem.student.is_head and problem.teacher.is_head and backend in VOCABULARY_MAJOR
-    student, teacher = (
-        _side(problem, model, vocabulary_major) for model in (problem.student, problem.teacher)
-    )
+    both_project = problem.student.is_head and (problem.teacher.is_head or problem.target is not None)
+    vocabulary_major = both_project and backend in VOCABULARY_MAJOR
+    student = _side(problem, problem.student, vocabulary_major, backend)
+    if problem.target is None:
+        teacher = _side(problem, problem.teacher, vocabulary_major, backend)
+    else:
+        labels = None if problem.hard_weight is None else problem.labels
+        teacher = SparseSide(problem.target, labels, problem.rows, problem.vocab)
     itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
 
     def room(tokens: int) -> int:
@@ -133,7 +142,7 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
         statistics: ``[N, 10]`` of an earlier call, when its phases are left out now.
     """
     device = problem.student.values.device
-    name, kernel = pick("row_divergence", device, problem.backend)
+    name, kernel = _row_kernel(problem, device)
     cut = arrange(problem, name, device)
     student, teacher, chunk, n = cut.student, cut.teacher, cut.rows, problem.walked
 
@@ -143,6 +152,8 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     factor = _common_factor(problem, soft, hard, t_s, t_t)
     p0, p1 = problem.per_token(problem.parameter0), problem.per_token(problem.parameter1)
     labels = problem.labels
+    if problem.target is not None and problem.hard_weight is None:
+        labels = None
     if labels is not None and problem.rows is not None:
         labels = labels[problem.rows]
 
@@ -188,9 +199,21 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     )
 
 
-def _side(problem: Problem, model: Model, vocabulary_major: bool) -> Union[HeadSide, LogitsSide]:
+def _row_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKernel]:
+    name, kernel = pick("row_divergence", device, problem.backend)
+    if problem.target is None:
+        return name, kernel
+    return name, functools.partial(
+        sparse_divergence, gather=pick("gather", device, name)[1], divergence=kernel
+    )
+
+
+def _side(
+    problem: Problem, model: Model, vocabulary_major: bool, backend: str
+) -> Union[HeadSide, LogitsSide]:
     if not model.is_head:
-        return LogitsSide(model, problem.vocab, problem.rows)
+        copy = problem.target is not None and backend in OVERWRITES
+        return LogitsSide(model, problem.vocab, problem.rows, copy)
     return HeadSide(
         model,
         problem.vocab,

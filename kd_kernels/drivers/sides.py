@@ -158,16 +158,20 @@ class HeadSide:
 
 
 class LogitsSide:
-    """Logits that exist already: read where they lie, whatever their leading strides."""
+    """Logits that exist already: read where they lie, whatever their leading strides; or a copy of each chunk,
+    for a kernel that scribbles in them."""
 
-    def __init__(self, model: Model, vocab: int, rows: Optional[Tensor]) -> None:
-        self.model, self.vocab = model, vocab
+    def __init__(self, model: Model, vocab: int, rows: Optional[Tensor], copy: bool = False) -> None:
+        self.model, self.vocab, self.copy = model, vocab, copy
         values = model.values
         if values.stride(-1) != 1 and values.shape[-1] > 1:
             values = values.contiguous()  # the kernels read a row along a unit stride
         self.values = values
         offsets = _row_offsets(values)
         tokens = offsets.numel()
+        if copy:
+            token = torch.arange(tokens, device=values.device) if rows is None else rows
+            self.place = torch.unravel_index(token, values.shape[:-1]) if values.dim() > 1 else ()
         self.offsets = offsets if rows is None else offsets[rows]
         self.grad: Optional[Tensor] = None
         self.grad_offsets: Optional[Tensor] = None
@@ -183,19 +187,25 @@ class LogitsSide:
         return self.grad is not None
 
     def buffer_itemsizes(self) -> list[int]:
-        return []
+        return [self.values.itemsize] if self.copy else []
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> Rows:
         grad_offsets = None if self.grad_offsets is None else self.grad_offsets[start:stop]
+        values, offsets, multiple = self.values, self.offsets[start:stop], _common_divisor(self.values)
+        if self.copy:
+            values = workspace.take(stop - start, self.vocab, values.dtype)
+            values.copy_(self.values[tuple(i[start:stop] for i in self.place)][..., : self.vocab])
+            multiple = values.stride(0)
+            offsets = torch.arange(stop - start, device=values.device) * multiple
         return Rows(
-            self.values,
-            self.offsets[start:stop],
+            values,
+            offsets,
             temperature,
             self.model.scale,
             self.model.softcap,
             self.grad,
             grad_offsets,
-            multiple=_common_divisor(self.values),
+            multiple=multiple,
             grad_multiple=self.values.shape[-1],
         )
 

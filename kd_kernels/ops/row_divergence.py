@@ -20,14 +20,17 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.drivers.chunked_head import Problem, walk
 from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype
+from kd_kernels.drivers.sparse import Target
 from kd_kernels.objectives import CATALOGUE
+from kd_kernels.ops.sparse_checks import check_target, refuse_undefined
 
 # The order in which both ops take the call and in which autograd sees it.
 _ARGUMENTS = (
     "student", "student_weight", "student_bias", "teacher", "teacher_weight", "teacher_bias",
-    "valid", "labels", "student_temperature", "teacher_temperature", "token_weight", "parameter0",
-    "parameter1", "scalars", "objective", "temperature_squared", "compute_dtype", "logits_dtype", "backend",
-    "workspace_bytes", "compact", "needs", "parts", "per_token", "deferred",
+    "target_ids", "target_log_tail", "missing", "valid", "labels", "student_temperature",
+    "teacher_temperature", "token_weight", "parameter0", "parameter1", "scalars", "objective",
+    "temperature_squared", "compute_dtype", "logits_dtype", "backend", "workspace_bytes", "compact",
+    "needs", "parts", "per_token", "deferred",
 )  # fmt: skip
 _DIFFERENTIABLE = 6  # the first six
 _SOFT, _HARD = 4, 5  # in ``scalars``
@@ -40,8 +43,8 @@ def _check_values(problem: Problem, call: dict) -> None:
     if problem.tokens == 0 or not (on_host or os.environ.get("KD_KERNELS_DEBUG", "0") not in ("", "0")):
         return
 
-    def counted(value: Tensor) -> Tensor:  # [N] or 0-d -> the tokens that count
-        value = value.reshape(-1).expand(problem.tokens)
+    def counted(value: Tensor) -> Tensor:  # [N, K], [N] or 0-d -> the tokens that count
+        value = value if value.dim() > 1 else value.reshape(-1).expand(problem.tokens)
         index = problem.rows if problem.kept is None else problem.kept
         return value if index is None else value[index.to(value.device)]
 
@@ -62,6 +65,8 @@ def _check_values(problem: Problem, call: dict) -> None:
         if value is not None and not bool(torch.isfinite(counted(value)).all()):
             raise ValueError(f"{name} holds NaN or infinity")
     CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
+    if problem.target is not None:
+        check_target(problem.target, counted, problem.vocab)
     if problem.labels is not None:
         labels = counted(problem.labels)
         size = problem.student.vocab_size if problem.hard_weight is None else problem.vocab
@@ -125,6 +130,19 @@ def _unpack(call: dict) -> Problem:
         logits_dtype=call["logits_dtype"],
         backend=call["backend"],
         workspace_bytes=call["workspace_bytes"],
+        target=_target(call),
+    )
+
+
+def _target(call: dict) -> Optional[Target]:
+    if call["target_ids"] is None:
+        return None
+    k, tail = call["target_ids"].shape[-1], call["target_log_tail"]
+    return Target(
+        call["target_ids"].reshape(-1, k),
+        call["teacher"].reshape(-1, k),
+        None if tail is None else tail.reshape(-1),
+        call["missing"],
     )
 
 
@@ -145,6 +163,9 @@ def row_divergence(
     teacher: Tensor,
     teacher_weight: Optional[Tensor],
     teacher_bias: Optional[Tensor],
+    target_ids: Optional[Tensor],
+    target_log_tail: Optional[Tensor],
+    missing: str,
     valid: Optional[Tensor],
     labels: Optional[Tensor],
     student_temperature: Tensor,
@@ -169,7 +190,9 @@ def row_divergence(
 
     Args:
         student, teacher: hidden ``[..., D]`` with weight ``[V, D]`` and bias ``[V]``, or logits
-            ``[..., V]`` without; N tokens in all.
+            ``[..., V]`` without; N tokens in all. A sparse teacher: log-probabilities ``[..., K]``.
+        target_ids, target_log_tail, missing: a sparse teacher's ids ``[..., K]``, the log of what they leave
+            ``[...]``, and what to make of it; None, None, "" for others.
         valid: ``[N]`` bool or None, the tokens that count. labels: ``[N]`` int64 or None.
         *_temperature, token_weight, parameter0, parameter1: 0-d or ``[N]``.
         scalars: ``[6]`` float64 on CPU: student scale and softcap (0: none), teacher scale and softcap,
@@ -187,6 +210,8 @@ def row_divergence(
     call = {name: values[name] for name in _ARGUMENTS}
     problem = _unpack(call)
     _check_values(problem, call)
+    if problem.target is not None:
+        refuse_undefined(problem.objective, missing)
     now = any(needs) and not deferred
     phases = R.STATISTICS | R.TERMS | (R.GRADIENT if now else 0)
     outcome = walk(problem if now else _without_gradients(problem), phases)
@@ -265,6 +290,9 @@ def row_divergence_backward(
     teacher: Tensor,
     teacher_weight: Optional[Tensor],
     teacher_bias: Optional[Tensor],
+    target_ids: Optional[Tensor],
+    target_log_tail: Optional[Tensor],
+    missing: str,
     valid: Optional[Tensor],
     labels: Optional[Tensor],
     student_temperature: Tensor,

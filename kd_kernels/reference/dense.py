@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.objectives import Objective, Weight
-from kd_kernels.sources import Head, Source
+from kd_kernels.sources import Head, Source, SparseTarget, Teacher
 
 
 def _xlogy(x: Tensor, log_y: Tensor) -> Tensor:
@@ -40,7 +40,9 @@ def divergence(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor
 
     def mixture(share: float) -> Tensor:  # log(share p + (1 - share) q)
         share_p = torch.tensor(share, dtype=lp.dtype, device=lp.device)
-        return torch.logaddexp(share_p.log() + lp, torch.log1p(-share_p) + lq)
+        absent = (lp == -torch.inf) & (lq == -torch.inf)  # whose gradient would be NaN
+        a, b = (torch.where(absent, 0.0, x) for x in (lp, lq))
+        return torch.where(absent, -torch.inf, torch.logaddexp(share_p.log() + a, torch.log1p(-share_p) + b))
 
     name = objective.name
     if name == "jensen_shannon" and first in (0, 1):
@@ -63,6 +65,38 @@ def divergence(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor
     raise ValueError(f"no reference for objective {objective.name!r}")
 
 
+def sparse_divergence(objective: Objective, student: Tensor, target: SparseTarget) -> Tensor:
+    """Per-row divergence from a sparse teacher; see :class:`kd_kernels.SparseTarget` for what it means.
+
+    Args:
+        objective: any entry of the catalogue that the target's ``missing`` defines.
+        student: ``[n, V]`` logits, temperature already applied.
+        target: of ``[n, K]`` ids, at the temperature wanted.
+
+    Returns:
+        ``[n]``, in the dtype of the logits.
+    """
+    vocab = student.shape[-1]
+    used = target.ids >= 0
+    t = torch.where(used, target.logprobs.to(student.dtype), -torch.inf).exp()
+    index = torch.where(used, target.ids.long(), 0)
+    p = torch.zeros_like(student).scatter_add(1, index, torch.where(used, t, 0.0))  # repeated ids add up
+    named = torch.zeros_like(student).scatter_add(1, index, used.to(student.dtype)) > 0
+    lq = student.log_softmax(-1)
+    if target.missing == "unnormalised":
+        return (torch.xlogy(p, p) - _xlogy(p, lq)).sum(-1)
+    if target.missing == "teacher_renorm":
+        return divergence(objective, student, (p / p.sum(-1, keepdim=True)).log())
+    if target.missing == "renorm_both":
+        return divergence(objective, student.masked_fill(~named, -torch.inf), p.log())
+    # The outcomes one after the other, and last the sum over the tokens that are not named.
+    tail = (1 - p.sum(-1)).clamp(min=0).log() if target.log_tail_mass is None else target.log_tail_mass
+    rest = lq.masked_fill(named, -torch.inf).logsumexp(-1)
+    lq = torch.cat([lq.masked_fill(~named, -torch.inf), rest[:, None]], -1)
+    lp = torch.cat([p.log(), tail.to(p.dtype)[:, None]], -1)
+    return divergence(objective, lq, lp)
+
+
 def _times(weight: Weight, value: Tensor) -> Tensor:
     """A weight of 0 silences a divergence even where that is infinite."""
     return torch.where(torch.as_tensor(weight, device=value.device) == 0, 0.0, weight * value)
@@ -82,7 +116,7 @@ def logits_of(source: Source) -> Tensor:
 
 def dense_distill(
     student: Source,
-    teacher: Source,
+    teacher: Teacher,
     objective: Objective,
     *,
     labels: Optional[Tensor] = None,
@@ -102,9 +136,11 @@ def dense_distill(
 
     Same arguments, shapes and result as the public call (see there); used to check it.
     """
-    z_s, z_t = logits_of(student), logits_of(teacher)
-    common = min(z_s.shape[-1], z_t.shape[-1]) if vocab == "truncate" else z_s.shape[-1]
-    z_s, z_t = z_s[..., :common], z_t[..., :common]
+    sparse = isinstance(teacher, SparseTarget)
+    z_s, z_t = logits_of(student), teacher.logprobs if sparse else logits_of(teacher)
+    if vocab == "truncate" and not sparse:
+        common = min(z_s.shape[-1], z_t.shape[-1])
+        z_s, z_t = z_s[..., :common], z_t[..., :common]
     lead = z_s.shape[:-1]
     valid = torch.ones(lead, dtype=torch.bool, device=z_s.device)
     if labels is not None:
@@ -121,7 +157,14 @@ def dense_distill(
     t_t = t_s if teacher_temperature is None else per_token(teacher_temperature)
     if objective.name == "weighted_kl":
         objective = type(objective)(*(per_token(x) for x in objective.parameters()))
-    loss = soft_weight * divergence(objective, z_s / t_s[:, None], z_t / t_t[:, None])
+    if sparse:
+        renormalised = teacher.missing in ("teacher_renorm", "renorm_both")
+        logprobs = z_t * (teacher.temperature / t_t[:, None]) if renormalised else z_t
+        tail = None if teacher.log_tail_mass is None else teacher.log_tail_mass[valid]
+        target = SparseTarget(teacher.ids[valid], logprobs, teacher.missing, 1.0, tail)
+        loss = soft_weight * sparse_divergence(objective, z_s / t_s[:, None], target)
+    else:
+        loss = soft_weight * divergence(objective, z_s / t_s[:, None], z_t / t_t[:, None])
     if temperature_squared:
         loss = loss * t_s**2
     if hard_weight:

@@ -1,0 +1,255 @@
+"""A sparse teacher against a student's full vocabulary, by two kernels that know nothing of it.
+
+Seen from a teacher that names K tokens, the student has K + 1 outcomes: each of them, and *another token*, whose
+probability is the sum over all others. A divergence over those outcomes is one of two short rows of logits, so
+the row_divergence kernel computes it, every objective alike; what the student's short row holds comes from the
+gather kernel. The softmax over the short row being the coarse form of the softmax over the vocabulary, its
+gradient extends: an entry among the others gets the last outcome's, times its share of it.
+
+What ``missing`` says of the teacher's mass beyond its K tokens only changes the last outcome:
+
+=================  ======================  ===================
+``missing``        teacher                 student
+=================  ======================  ===================
+tail               its tail mass           the others' mass
+teacher_renorm     0                       the others' mass
+unnormalised       0; weight: sum of t     the others' mass
+renorm_both        absent                  absent
+=================  ======================  ===================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kd_kernels import rows as R
+from kd_kernels.drivers.selection import Selection
+from kd_kernels.drivers.workspace import Workspace
+
+_INF = float("inf")
+_WIDTH = 8  # the short rows' length is a multiple of this, for wide loads on a GPU
+# A tail mass that is 1 - sum of float32 probabilities is known to half of this.
+_RESOLUTION = 2.0**-23
+
+
+@dataclass
+class Target:
+    """A sparse teacher as the op received it."""
+
+    ids: Tensor  # [N, K]
+    logprobs: Tensor  # [N, K]; temperature applied
+    log_tail: Optional[Tensor]  # [N]; None: from the logprobs
+    missing: str
+
+
+@dataclass
+class SparseRows:
+    """A chunk of a sparse teacher, in the place of its logits."""
+
+    ids: Tensor  # [n, K] int32, as the gather kernel wants them: the teacher's, and the label's
+    logprobs: Tensor  # [n, K] float64, -inf where the teacher does not name the token
+    named: Tensor  # [n, K] bool: the teacher names it
+    log_tail: Optional[Tensor]  # [n] float64
+    missing: str
+
+
+class SparseSide:
+    """The teacher's end of the walk where it is sparse: nothing to project, nothing to carry back."""
+
+    def __init__(self, target: Target, labels: Optional[Tensor], rows: Optional[Tensor], vocab: int) -> None:
+        def walked(x: Optional[Tensor]) -> Optional[Tensor]:
+            return x if x is None or rows is None else x[rows]
+
+        ids, logprobs = walked(target.ids), walked(target.logprobs).to(torch.float64)
+        bad = ((ids < -1) | (ids >= vocab)).any(1, keepdim=True)  # never read; makes its row NaN
+        named = torch.ones_like(logprobs)
+        if labels is not None:  # the label's entry is gathered too
+            ids = torch.cat([ids, walked(labels)[:, None].to(ids.dtype)], 1)
+            logprobs, named = _more(logprobs, -_INF), _more(named, 0.0)
+        selection = Selection(ids, vocab)
+        tail = walked(target.log_tail)
+        self.whole = SparseRows(
+            selection.ids,
+            torch.where(bad, torch.nan, selection.merge(logprobs, torch.logaddexp, -_INF)),
+            selection.merge(named, torch.maximum, 0.0) > 0,
+            None if tail is None else tail.to(torch.float64),
+            target.missing,
+        )
+
+    def buffer_itemsizes(self) -> list[int]:
+        return []
+
+    def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> SparseRows:
+        all_, part = self.whole, slice(start, stop)
+        tail = None if all_.log_tail is None else all_.log_tail[part]
+        return SparseRows(all_.ids[part], all_.logprobs[part], all_.named[part], tail, all_.missing)
+
+    def carry(self, start: int, stop: int, rows: SparseRows) -> None:
+        """Nothing: a sparse teacher is a constant."""
+
+    def gradients(self) -> list[Optional[Tensor]]:
+        return [None, None, None]
+
+
+def sparse_divergence(
+    job: R.RowJob, phases: int, gather: Callable[..., None], divergence: Callable[..., None]
+) -> None:
+    """The row kernel's contract (:class:`kd_kernels.rows.RowJob`) where ``job.teacher`` is :class:`SparseRows`.
+
+    Its ``statistics`` are not filled, and not asked for: a later gradient phase runs everything again, which
+    against the products of the walk costs next to nothing.
+    """
+    target: SparseRows = job.teacher
+    student, n, k = job.student, *target.ids.shape
+    new = lambda *shape: target.logprobs.new_zeros(shape)  # noqa: E731
+    found = R.GatherJob(
+        n,
+        job.vocab,
+        student,
+        target.ids,
+        gathered=new(n, k),
+        statistics=new(n, R.GATHER_COLUMNS),
+        hard=job.labels is not None,
+        means=job.entropies,
+    )
+    gather(found, R.STATISTICS)
+    view = _View(found, target, student.temperature)
+    short, gain = _short_job(job, view, phases)
+    divergence(short, phases if phases & R.GRADIENT == 0 else R.STATISTICS | R.TERMS | R.GRADIENT)
+
+    label = None if job.labels is None else _Label(view, job.labels)
+    if phases & R.TERMS:
+        # gain KL(t / gain || q) + gain log gain = sum t log(t / q)
+        soft = short.terms[:, R.SOFT] * gain + torch.xlogy(gain, gain)
+        job.terms[:, R.SOFT] = torch.where(gain == 0, 0.0, soft)  # a sum over nothing
+        if label is not None:
+            job.terms[:, R.HARD] = label.nll
+        if job.entropies:
+            job.terms[:, R.STUDENT_ENTROPY] = view.student_entropy()
+            job.terms[:, R.TEACHER_ENTROPY] = short.terms[:, R.TEACHER_ENTROPY]
+    if phases & R.GRADIENT and student.grad is not None:
+        _spread_gradient(job, found, view, short.student.grad, label)
+        gather(found, R.GRADIENT)
+
+
+class _View:
+    """The student as the teacher sees it, in logarithms relative to the row's largest logit; float64."""
+
+    def __init__(self, found: R.GatherJob, target: SparseRows, temperature: Tensor) -> None:
+        self.found, self.target, self.temperature = found, target, temperature[:, None]
+        largest = found.gathered.amax(1) if found.ids.shape[1] else found.gathered.new_full((found.n,), -_INF)
+        self.top = torch.maximum(found.statistics[:, R.OTHERS_MAX], largest)
+        self.below = found.gathered - self.top[:, None]  # [n, K]
+        self.others_below = found.statistics[:, R.OTHERS_MAX] - self.top
+        self.at_ids = self.below / self.temperature
+        self.others = self.others_below / temperature + found.statistics[:, R.OTHERS_LOGZ]
+        # A label that the teacher does not name is another token to it.
+        self.named = torch.where(target.named, self.at_ids, -_INF)
+        self.label = torch.where(target.named, -_INF, self.at_ids)
+        self.rest = torch.logsumexp(_more(self.label, self.others), 1)
+        self.lse = torch.logsumexp(_more(self.at_ids, self.others), 1)
+
+    def student_entropy(self) -> Tensor:
+        stats, log_q = self.found.statistics, _more(self.at_ids, self.others) - self.lse[:, None]
+        own = torch.where(log_q == -_INF, 0.0, -log_q.exp() * log_q).sum(1)
+        within = torch.where(
+            stats[:, R.OTHERS_LOGZ] == -_INF, 0.0, stats[:, R.OTHERS_LOGZ] - stats[:, R.OTHERS_MEAN]
+        )
+        return own + log_q[:, -1].exp() * within
+
+
+class _Label:
+    """The cross-entropy at temperature 1."""
+
+    def __init__(self, view: _View, labels: Tensor) -> None:
+        logz = view.found.statistics[:, R.OTHERS_LOGZ_HARD]
+        logits = _more(view.below, view.others_below + logz)
+        self.log_q = logits - torch.logsumexp(logits, 1)[:, None]
+        self.is_label = (view.found.ids == labels[:, None]) & (view.found.ids >= 0)
+        at_label = torch.where(self.is_label, self.log_q[:, :-1], -_INF).amax(1)
+        # NaN for a label out of range, which has not been read.
+        self.known = self.is_label.any(1)
+        self.nll = torch.where(self.known, -at_label, torch.nan)
+
+
+def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tensor]:
+    """The K + 1 outcomes as two rows of logits, and what the divergence between them is to be multiplied by."""
+    target, n = view.target, job.n
+    # The mass of each token is at most 1, but what is recorded unnormalised need not sum to it.
+    mass = torch.logsumexp(target.logprobs, 1).exp()
+    gain = mass if target.missing == "unnormalised" else torch.ones_like(mass)
+    tail = torch.full_like(mass, -_INF)
+    rest = tail if target.missing == "renorm_both" else view.rest
+    if target.missing == "tail":
+        tail = target.log_tail
+        if tail is None:
+            # Rounding takes the last digits of 1 - mass: not to be believed where it says 0, unless there is no
+            # other token.
+            tail = torch.log((1 - mass).clamp(min=_RESOLUTION))
+            tail = torch.where(rest == -_INF, -_INF, tail)
+
+    width = -(-(target.ids.shape[1] + 1) // _WIDTH) * _WIDTH
+    offsets = torch.arange(n, device=mass.device) * width
+    one = torch.ones_like(mass)
+
+    def short(at_ids: Tensor, last: Tensor) -> R.Rows:
+        logits = torch.nn.functional.pad(_more(at_ids, last), (0, width - at_ids.shape[1] - 1), value=-_INF)
+        return R.Rows(logits, offsets, one, multiple=width, grad_multiple=width)
+
+    student, teacher = short(view.named, rest), short(target.logprobs, tail)
+    if phases & R.GRADIENT:
+        student.grad, student.grad_offsets = torch.empty_like(student.logits), offsets
+    return (
+        R.RowJob(
+            job.objective,
+            n,
+            width,
+            student,
+            teacher,
+            job.parameter0,
+            job.parameter1,
+            None,
+            job.soft_weight * gain,
+            torch.zeros_like(one),
+            one.new_zeros(n, R.STATISTIC_COLUMNS),
+            one.new_zeros(n, R.TERM_COLUMNS),
+            job.entropies,
+        ),
+        gain,
+    )
+
+
+def _spread_gradient(
+    job: R.RowJob, found: R.GatherJob, view: _View, short: Tensor, label: Optional[_Label]
+) -> None:
+    """From the gradient of the short row to the gather kernel's coefficients."""
+    k = found.ids.shape[1]
+    last = short[:, k, None]
+
+    def share(part: Tensor) -> Tensor:  # of the outcome "another token"
+        return torch.where(part == -_INF, 0.0, (part - view.rest[:, None]).exp())
+
+    soft = last * share(view.others[:, None])
+    at_ids = torch.where(view.target.named, short[:, :k], last * share(view.label))
+    dead = (job.soft_weight == 0)[:, None]  # whatever the row holds
+    found.soft = torch.where(dead, 0.0, soft / view.temperature)[:, 0].contiguous()
+    found.at_ids = torch.where(dead | (found.ids < 0), 0.0, at_ids / view.temperature)
+    if label is not None:
+        weight = torch.where(label.known, job.hard_weight, job.hard_weight + torch.nan)
+        silent = (job.hard_weight == 0) & (label.known | (job.soft_weight == 0))
+        probability = label.log_q.exp()
+        found.hard_weight = torch.where(silent, 0.0, weight * probability[:, k])
+        own = weight[:, None] * (probability[:, :k] - label.is_label.to(probability.dtype))
+        found.at_ids += torch.where(silent[:, None] | (found.ids < 0), 0.0, own)
+
+
+def _more(x: Tensor, last: Tensor | float) -> Tensor:
+    """``x`` [n, k] with one more column."""
+    if not isinstance(last, Tensor):
+        last = x.new_full((x.shape[0],), last)
+    return torch.cat([x, last[:, None]], 1)

@@ -1,0 +1,56 @@
+"""What a sparse teacher's numbers must be, and which objectives they define."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kd_kernels.drivers.sparse import Target
+
+# By how much the recorded probabilities may exceed 1: bfloat16 log-probabilities of 10 nats are off by 0.03.
+_MASS_SLACK = 1.05
+
+
+def refuse_undefined(objective: str, missing: str) -> None:
+    """Raise ValueError where the objective has no finite value for what the teacher leaves unsaid."""
+    if missing == "unnormalised" and objective != "forward_kl":
+        raise ValueError(
+            f'missing="unnormalised" is a weighted sum of log q: forward KL only, not {objective}; '
+            f'use missing="tail", or one of the renormalising modes'
+        )
+    if missing == "teacher_renorm" and objective in ("reverse_kl", "weighted_kl"):
+        raise ValueError(
+            f'{objective} is infinite with missing="teacher_renorm", which gives the other tokens probability 0; '
+            f'use missing="tail" or "renorm_both"'
+        )
+
+
+def check_target(target: Target, counted: Callable[[Tensor], Tensor], vocab: int) -> None:
+    """Raise ValueError for numbers that tokens that count must not hold; ``counted`` picks those of ``[N]``."""
+    ids = counted(target.ids)
+    wrong = ids[(ids < -1) | (ids >= vocab)]
+    if wrong.numel():
+        raise ValueError(
+            f"SparseTarget: ids must be in [0, {vocab}), or -1 where unused; got {wrong[0].item()}"
+        )
+    used = ids >= 0
+    logprobs = torch.where(used, counted(target.logprobs).to(torch.float64), -torch.inf)
+    if bool((logprobs.isnan() | (logprobs == torch.inf)).any()):
+        raise ValueError("SparseTarget: logprobs hold NaN or +infinity")
+    mass = logprobs.exp().sum(1)
+    if target.missing == "tail" and bool((mass > _MASS_SLACK).any()):
+        raise ValueError(
+            f"SparseTarget: the probabilities of a token sum to {mass.max().item():.4g}; logprobs must be "
+            f'logarithms of probabilities (logits less their log-sum-exp) for missing="tail"'
+        )
+    if target.missing in ("teacher_renorm", "renorm_both") and bool((logprobs.amax(1) == -torch.inf).any()):
+        raise ValueError(
+            f'SparseTarget: a token that counts has no id with a probability, so missing="{target.missing}" leaves '
+            f"it without a target; leave it out by mask= or labels="
+        )
+    if target.log_tail is not None:
+        tail = counted(target.log_tail)
+        if bool((tail.isnan() | (tail > 1e-3)).any()):
+            raise ValueError("SparseTarget: log_tail_mass must be the logarithm of a probability")
