@@ -14,6 +14,7 @@ if not (_here / "triton_kernels").exists() and (_here.parent / "triton_kernels")
 from kd_kernels.backends import BackendUnavailable  # noqa: E402
 from kd_kernels.distill import DistillationLoss, Parts, distill, next_token_labels  # noqa: E402
 from kd_kernels.drivers.workspace import release_workspace  # noqa: E402
+from kd_kernels.logprobs import linear_logprobs  # noqa: E402
 from kd_kernels.models import last_hidden_state  # noqa: E402
 from kd_kernels.objectives import (  # noqa: E402
     CATALOGUE,
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "distill",
     "last_hidden_state",
+    "linear_logprobs",
     "next_token_labels",
     "release_workspace",
 ]

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from kd_kernels import rows as R
+from kd_kernels.arguments import (
+    Scalar,
+    autocast_dtype,
+    check_per_token,
+    check_resources,
+    check_source,
+    number,
+    per_token,
+    refuse_transforms,
+    saveable,
+)
 from kd_kernels.backends import BackendUnavailable
 from kd_kernels.objectives import Objective
 from kd_kernels.ops.row_divergence import row_divergence
-from kd_kernels.sources import FLOATING, Head, Source, SparseTarget, Teacher, as_source, as_teacher
+from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
 
 __all__ = ["BackendUnavailable", "DistillationLoss", "Parts", "distill", "next_token_labels"]
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
-Scalar = Union[float, Tensor]
 
 
 class Parts(NamedTuple):
@@ -110,7 +119,7 @@ def distill(
     backward pass. Double backward is not implemented and raises. ``torch.func`` transforms are refused.
     """
     student, teacher = as_source("student", student), as_teacher(teacher)
-    _refuse_transforms(*student.tensors(), *teacher.tensors())
+    refuse_transforms("kd_kernels.distill", *student.tensors(), *teacher.tensors())
     _check_options(objective, reduction, num_items, vocab)
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes)
     lead, device = student.leading_shape, student.tensors()[0].device
@@ -120,31 +129,31 @@ def distill(
         if teacher_grad:
             raise ValueError("teacher_grad=True needs a teacher with gradients; a SparseTarget is a constant")
         at = temperature if teacher_temperature is None else teacher_temperature
-        teacher, teacher_temperature = _at_temperature(teacher, at, student), 1.0
-        named = (_saveable(teacher.ids), _saveable(teacher.log_tail_mass), teacher.missing)
+        teacher, teacher_temperature = teacher.brought_to(at, student.tensors()[0].dtype), 1.0
+        named = (saveable(teacher.ids), saveable(teacher.log_tail_mass), teacher.missing)
     elif not teacher_grad:
         teacher = _detached(teacher)
 
     valid = _valid_tokens(labels, ignore_index, mask, lead, device)
     if labels is None and hard_weight != 0:
         raise ValueError(f"hard_weight={hard_weight} needs labels; pass labels=, or hard_weight=0")
-    t_s = _per_token("temperature", temperature, lead, device)
+    t_s = per_token("temperature", temperature, lead, device)
     t_t = t_s
     if teacher_temperature is not None:
-        t_t = _per_token("teacher_temperature", teacher_temperature, lead, device)
-    weight = None if token_weight is None else _per_token("token_weight", token_weight, lead, device)
-    p0, p1 = (_per_token("objective's weight", x, lead, device) for x in objective.parameters())
+        t_t = per_token("teacher_temperature", teacher_temperature, lead, device)
+    weight = None if token_weight is None else per_token("token_weight", token_weight, lead, device)
+    p0, p1 = (per_token("objective's weight", x, lead, device) for x in objective.parameters())
 
-    per_token = reduction == "none"
+    unreduced = reduction == "none"
     tensors = (*student.tensors(), *teacher.tensors())
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     # Gradients of existing logits are cheapest in the backward pass: one more read of the logits
     # against a [tokens, vocab] tensor held in between. Of hidden states, they belong in the forward.
-    deferred = any(needs) and (per_token or not isinstance(student, Head) and not isinstance(teacher, Head))
+    deferred = any(needs) and (unreduced or not isinstance(student, Head) and not isinstance(teacher, Head))
     if deferred:
-        tensors = tuple(_saveable(x) for x in tensors)
+        tensors = tuple(saveable(x) for x in tensors)
         valid, labels, weight, t_s, t_t, p0, p1 = (
-            _saveable(x) for x in (valid, labels, weight, t_s, t_t, p0, p1)
+            saveable(x) for x in (valid, labels, weight, t_s, t_t, p0, p1)
         )
     loss, terms, *_ = row_divergence(
         *tensors,
@@ -159,17 +168,17 @@ def distill(
         _scalars(student, teacher, soft_weight, hard_weight),
         objective.name,
         temperature_squared,
-        _autocast_dtype(student, teacher),
+        autocast_dtype(student, teacher),
         logits_dtype,
         backend,
         workspace_bytes,
         compact,
         needs,
         return_parts,
-        per_token,
+        unreduced,
         deferred,
     )
-    if per_token:
+    if unreduced:
         loss = loss.reshape(lead)
     elif reduction == "mean":
         loss = loss / (_count(valid, lead, device).clamp(min=1) if num_items is None else num_items)
@@ -225,18 +234,6 @@ class DistillationLoss(torch.nn.Module):
 # --- checks -------------------------------------------------------------------------------------------
 
 
-def _refuse_transforms(*tensors: Optional[Tensor]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise TypeError(
-            "kd_kernels.distill does not work under torch.func transforms (grad, vmap, jvp, ...): its "
-            "gradient is computed by kernels; call it outside, and use loss.backward()"
-        )
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise TypeError("kd_kernels.distill has no forward-mode derivative; use loss.backward()")
-
-
 def _check_options(objective: Objective, reduction: str, num_items: Optional[Scalar], vocab: str) -> None:
     if not isinstance(objective, Objective):
         raise TypeError(
@@ -269,12 +266,7 @@ def _check_types(
             raise TypeError(
                 f"{name} must be a number, got {type(weight).__name__}; weights per token go in token_weight"
             )
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a name or None, got {backend!r}")
-    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
-        raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
+    check_resources(ignore_index, backend, workspace_bytes)
 
 
 def _check_sources(student: Source, teacher: Teacher, vocab: str) -> None:
@@ -289,25 +281,8 @@ def _check_sources(student: Source, teacher: Teacher, vocab: str) -> None:
             f"student has {student.vocab_size} vocabulary entries and teacher {teacher.vocab_size}; "
             f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
         )
-    device = student.tensors()[0].device
-    autocast = torch.is_autocast_enabled(device.type)
     for name, source in (("student", student), ("teacher", teacher)):
-        values, weight, bias = source.tensors()
-        extra = () if source is student or not sparse else (source.ids, source.log_tail_mass)
-        if any(x is not None and x.device != device for x in extra):
-            raise ValueError(f"the SparseTarget must be on the student's device, {device}")
-        for part, tensor in (("values", values), ("weight", weight), ("bias", bias)):
-            if tensor is None:
-                continue
-            if tensor.device != device:
-                raise ValueError(f"{name}'s {part} is on {tensor.device}, the student's values on {device}")
-            if tensor.dtype not in FLOATING:
-                raise TypeError(f"{name}'s {part} has dtype {tensor.dtype}")
-            if weight is not None and tensor.dtype != values.dtype and not autocast:
-                raise TypeError(
-                    f"{name}: hidden is {values.dtype} but its {part} is {tensor.dtype}; cast one, or "
-                    f"use torch.autocast"
-                )
+        check_source(name, source, student.tensors()[0].device)
 
 
 def _valid_tokens(
@@ -320,12 +295,12 @@ def _valid_tokens(
     """Bool ``[N]``, or None where every token counts."""
     valid = None
     if labels is not None:
-        _check_per_token("labels", labels, lead, device)
+        check_per_token("labels", labels, lead, device)
         if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         valid = labels.to(torch.int64) != ignore_index  # -100 as uint8 would be the label 156
     if mask is not None:
-        _check_per_token("mask", mask, lead, device)
+        check_per_token("mask", mask, lead, device)
         if mask.dtype != torch.bool:
             raise TypeError(
                 f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool(), or token_weight "
@@ -333,44 +308,6 @@ def _valid_tokens(
             )
         valid = mask if valid is None else valid & mask
     return None if valid is None else valid.reshape(-1)
-
-
-def _check_per_token(name: str, value: Tensor, lead: torch.Size, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.shape != lead:
-        raise ValueError(
-            f"{name} must have the leading shape of the tokens, {tuple(lead)}; got {tuple(value.shape)}"
-        )
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, the student on {device}")
-
-
-def _number(value: float) -> Tensor:
-    """A 0-d float64 tensor on CPU. A graph being compiled takes a changing number through tensor
-    arithmetic without recompiling, but makes a constant of it in ``torch.tensor(value)``."""
-    if torch.compiler.is_compiling():
-        return torch.zeros((), dtype=torch.float64) + value
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
-    """A number as a 0-d tensor, a tensor checked and flattened to ``[N]``; float64."""
-    if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        return _number(value)
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, which distill does not differentiate; pass {name}.detach(), or use "
-            f'reduction="none" and weight the result outside'
-        )
-    if not (value.dtype.is_floating_point or value.dtype in (torch.int32, torch.int64)):
-        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
-    if value.dim() == 0:
-        return value.detach().to(torch.float64)
-    _check_per_token(name, value, lead, device)
-    return value.detach().reshape(-1).to(torch.float64)
 
 
 # --- small conversions --------------------------------------------------------------------------------
@@ -383,60 +320,11 @@ def _detached(source: Source) -> Source:
     return type(source)(values, source.scale, source.softcap)
 
 
-def _saveable(tensor: Optional[Tensor]) -> Optional[Tensor]:
-    """Inference-mode tensors cannot be saved for backward: give autograd a plain tensor over the same
-    memory instead."""
-    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
 def _count(valid: Optional[Tensor], lead: torch.Size, device: torch.device) -> Tensor:
     # Filled in on the device: copying it there would wait for the device.
     return torch.full((), lead.numel(), device=device) if valid is None else valid.sum()
 
 
-def _at_temperature(target: SparseTarget, temperature: Scalar, student: Source) -> SparseTarget:
-    """The target at ``temperature``, its numbers detached and in the dtype in which the student's loss is."""
-    logprobs = target.logprobs.detach()
-    wide = student.tensors()[0].dtype == torch.float64
-    logprobs = logprobs.to(torch.float64 if wide else torch.float32)
-    if target.missing in ("tail", "unnormalised"):
-        if isinstance(temperature, Tensor) or temperature != target.temperature:
-            given = "a tensor" if isinstance(temperature, Tensor) else temperature
-            raise ValueError(
-                f"the teacher's temperature is {given}, but this SparseTarget was recorded at {target.temperature} "
-                f'and missing="{target.missing}" cannot be brought to another; pass '
-                f"teacher_temperature={target.temperature}, record it at the temperature wanted, or renormalise"
-            )
-    elif isinstance(temperature, Tensor):
-        lead = target.leading_shape
-        _per_token("teacher_temperature", temperature, lead, logprobs.device)
-        ratio = target.temperature / temperature.detach().to(logprobs)
-        logprobs = logprobs * (ratio[..., None] if ratio.dim() else ratio)
-    elif temperature > 0:
-        logprobs = logprobs * (target.temperature / temperature)
-    else:
-        raise ValueError(f"teacher_temperature must be finite and > 0, got {temperature}")
-    tail = target.log_tail_mass
-    return SparseTarget(
-        target.ids.detach(), logprobs, target.missing, 1.0, None if tail is None else tail.detach()
-    )
-
-
 def _scalars(student: Source, teacher: Teacher, soft_weight: float, hard_weight: float) -> Tensor:
     shaping = [x for source in (student, teacher) for x in (source.scale, source.softcap or 0.0)]
-    return torch.stack([_number(x) for x in (*shaping, soft_weight, hard_weight)])
-
-
-def _autocast_dtype(student: Source, teacher: Source) -> Optional[torch.dtype]:
-    """The dtype heads compute in under autocast, as F.linear would; None outside, and for float64."""
-    device = student.tensors()[0].device.type
-    heads = [source for source in (student, teacher) if isinstance(source, Head)]
-    if not torch.is_autocast_enabled(device) or not heads:
-        return None
-    if any(x is not None and x.dtype == torch.float64 for head in heads for x in head.tensors()):
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.stack([number(x) for x in (*shaping, soft_weight, hard_weight)])

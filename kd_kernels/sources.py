@@ -175,29 +175,30 @@ MISSING = ("tail", "teacher_renorm", "renorm_both", "unnormalised")
 class SparseTarget:
     """A teacher known at a few tokens only: its top-K, or draws from it, saved earlier.
 
-    With ``t`` the recorded probabilities of a token's ids S, ``a = sum t``, and ``Q`` the student's mass on S,
-    ``missing`` says what to make of the other tokens:
+    With ``t`` the recorded probabilities of a token's ids S, ``a = sum t``, and ``Q`` the student's mass on
+    S, ``missing`` says what to make of the other tokens:
 
-    * ``"tail"``: they are one more outcome, with ``1 - a`` against ``1 - Q``. Every objective; a lower bound of
-      the dense divergence, exact where K is the whole vocabulary.
+    * ``"tail"``: they are one more outcome, with ``1 - a`` against ``1 - Q``. Every objective; a lower bound
+      of the dense divergence, exact where K is the whole vocabulary.
     * ``"teacher_renorm"``: ``t / a``, and 0 elsewhere. Not for reverse and weighted KL, which are infinite.
-    * ``"renorm_both"``: ``t / a`` against ``q / Q``, on S alone: says nothing about the student's other tokens.
+    * ``"renorm_both"``: ``t / a`` against ``q / Q``, on S alone: says nothing about the student's other
+      tokens.
     * ``"unnormalised"``: ``sum t log(t / q)``, forward KL only. What draws need (:meth:`from_samples`); of a
       top-K it inflates the head.
 
-    Sources: Anshumann et al. 2025, "Sparse Logit Sampling" (draws; why the renormalised forms are biased); the
-    tail outcome is the "ghost token" of the same.
+    Source: Anshumann et al. 2025, "Sparse Logit Sampling" (draws; why the renormalised forms are biased; the
+    tail as a "ghost token").
 
     Args:
         ids: ``[..., K]`` integer; -1 where unused, in any place. Repeated ids add up.
-        logprobs: ``[..., K]`` floating: logarithms of t; -inf is a probability of 0. What stands at unused ids
-            does not matter.
+        logprobs: ``[..., K]`` floating: logarithms of t; -inf is a probability of 0. What stands at unused
+            ids does not matter.
         missing: see above.
         temperature: at which the probabilities were recorded. The renormalising modes can be brought to any
             other; the others have to be trained at it (``teacher_temperature``).
         log_tail_mass: ``[...]``, the logarithm of ``1 - a`` for ``missing="tail"``, as
-            :func:`kd_kernels.linear_topk` gives it. Without it, it is computed from ``logprobs``, and a teacher
-            surer than 1 - 1.2e-7 counts as that sure.
+            :func:`kd_kernels.linear_topk` gives it. Without it, it is computed from ``logprobs``, and a
+            teacher surer than 1 - 1.2e-7 counts as that sure.
 
     Raises:
         TypeError, ValueError: shapes or dtypes that do not fit together, an unknown ``missing``.
@@ -216,8 +217,8 @@ class SparseTarget:
         _check_floating("SparseTarget", "logprobs", self.logprobs)
         if self.logprobs.shape != self.ids.shape:
             raise ValueError(
-                f"SparseTarget: ids and logprobs must have the same shape [..., K], got {tuple(self.ids.shape)} "
-                f"and {tuple(self.logprobs.shape)}"
+                f"SparseTarget: ids and logprobs must have the same shape [..., K], got "
+                f"{tuple(self.ids.shape)} and {tuple(self.logprobs.shape)}"
             )
         if self.missing not in MISSING:
             raise ValueError(
@@ -233,14 +234,14 @@ class SparseTarget:
                 )
             if self.log_tail_mass.shape != self.ids.shape[:-1]:
                 raise ValueError(
-                    f"SparseTarget: log_tail_mass must have the leading shape {tuple(self.ids.shape[:-1])}, got "
-                    f"{tuple(self.log_tail_mass.shape)}"
+                    f"SparseTarget: log_tail_mass must have the leading shape "
+                    f"{tuple(self.ids.shape[:-1])}, got {tuple(self.log_tail_mass.shape)}"
                 )
 
     @classmethod
     def from_samples(cls, ids: Tensor, counts: Tensor) -> SparseTarget:
-        """Draws with replacement from the teacher: an unbiased estimate of forward KL and its gradient (up to the
-        teacher's entropy, a constant).
+        """Draws with replacement from the teacher: an unbiased estimate of forward KL and its gradient (up to
+        the teacher's entropy, a constant).
 
         Args:
             ids: ``[..., N]`` integer, -1 where unused.
@@ -253,14 +254,47 @@ class SparseTarget:
         if not isinstance(counts, Tensor) or counts.dtype.is_floating_point or counts.shape != ids.shape:
             shape = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
             raise ValueError(
-                f"SparseTarget.from_samples: counts must be integers of the shape of ids, {tuple(ids.shape)}; "
-                f"got {shape}"
+                f"SparseTarget.from_samples: counts must be integers of the shape of ids, "
+                f"{tuple(ids.shape)}; got {shape}"
             )
         counts = torch.where(ids < 0, 0, counts.to(torch.int64))
         if counts.device.type == "cpu" and bool((counts < 0).any()):
             raise ValueError("SparseTarget.from_samples: counts must be >= 0")
         share = counts.to(torch.float64) / counts.sum(-1, keepdim=True)
         return cls(ids, share.log().to(torch.float32), "unnormalised")
+
+    def brought_to(self, temperature: Union[float, Tensor], student: torch.dtype) -> SparseTarget:
+        """The target at a number or ``[...]`` of temperatures, detached, in the dtype that the loss of a
+        student of dtype ``student`` has.
+
+        Raises:
+            ValueError: this target cannot be brought to another temperature; one that is not > 0.
+        """
+        logprobs = self.logprobs.detach()
+        logprobs = logprobs.to(torch.float64 if student == torch.float64 else torch.float32)
+        if self.missing in ("tail", "unnormalised"):
+            if isinstance(temperature, Tensor) or temperature != self.temperature:
+                given = "a tensor" if isinstance(temperature, Tensor) else temperature
+                raise ValueError(
+                    f"the teacher's temperature is {given}, but this SparseTarget was recorded at "
+                    f'{self.temperature} and missing="{self.missing}" cannot be brought to another; pass '
+                    f"teacher_temperature={self.temperature}, record it at the temperature wanted, or "
+                    f"renormalise"
+                )
+        elif isinstance(temperature, Tensor):
+            if temperature.dim() and temperature.shape != self.leading_shape:
+                raise ValueError(
+                    f"teacher_temperature must have the leading shape of the tokens, "
+                    f"{tuple(self.leading_shape)}; got {tuple(temperature.shape)}"
+                )
+            ratio = self.temperature / temperature.detach().to(logprobs)
+            logprobs = logprobs * (ratio[..., None] if ratio.dim() else ratio)
+        elif temperature > 0:
+            logprobs = logprobs * (self.temperature / temperature)
+        else:
+            raise ValueError(f"teacher_temperature must be finite and > 0, got {temperature}")
+        tail = None if self.log_tail_mass is None else self.log_tail_mass.detach()
+        return SparseTarget(self.ids.detach(), logprobs, self.missing, 1.0, tail)
 
     @property
     def leading_shape(self) -> torch.Size:

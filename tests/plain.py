@@ -9,11 +9,21 @@ from torch import Tensor
 import kd_kernels as kd
 from kd_kernels.reference.dense import dense_distill
 
-Source = kd.Head | kd.Logits
+Source = kd.Head | kd.Logits | kd.SparseTarget
 
 
 def widened(source: Source, dtype: torch.dtype) -> Source:
     """The same rounded numbers in ``dtype``, as fresh leaves."""
+    if isinstance(source, kd.SparseTarget):  # a constant, in float32 or float64 whatever the student is
+        tail = source.log_tail_mass
+        wide = torch.promote_types(dtype, torch.float32)
+        return kd.SparseTarget(
+            source.ids,
+            source.logprobs.to(wide),
+            source.missing,
+            source.temperature,
+            None if tail is None else tail.to(wide),
+        )
     wide = [
         None if x is None else x.detach().to(dtype).requires_grad_(x.requires_grad) for x in source.tensors()
     ]
@@ -30,6 +40,8 @@ def plain(student: Source, teacher: Source, objective: kd.Objective, **options) 
     """What a careful user writes: logits from a matrix product in the inputs' dtype, then float32."""
 
     def logits(source: Source) -> Source:
+        if isinstance(source, kd.SparseTarget):
+            return source
         if isinstance(source, kd.Head):
             z = torch.nn.functional.linear(source.hidden, source.weight, source.bias)
         else:

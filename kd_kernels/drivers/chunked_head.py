@@ -26,7 +26,7 @@ CPU_WORKSPACE = 256 << 20
 GPU_SHARE, GPU_LEAST, GPU_MOST = 32, 256 << 20, 4 << 30
 # Entries of a float16 gradient are stored this much larger: q - p reaches far below float16's 6e-8,
 # and q log(q / p) hardly above 1000, which still fits under its 65504.
-_FLOAT16_HEADROOM = 64
+FLOAT16_HEADROOM = 64
 # Chunk widths are multiples of this where the budget allows: the row kernel's vector strip on CPU, a tile of
 # the GEMM on a GPU.
 _GRANULE = {"cpu": 32, "cuda": 128}
@@ -119,8 +119,7 @@ def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement
     budget = problem.workspace_bytes
     if budget is None:
         budget = default_workspace(device)
-    granule = _GRANULE.get(device.type, 1)
-    rows = chunk_rows(problem.walked, problem.vocab, itemsizes, budget, room, granule)
+    rows = chunk_rows(problem.walked, problem.vocab, itemsizes, budget, room, granule_of(device))
     return Arrangement(student, teacher, rows, room(rows))
 
 
@@ -241,9 +240,13 @@ def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_
         if any(model.needs):
             top = torch.maximum(top, (soft.abs() / temperature).amax() * abs(model.scale))
     if any(m.is_head and (problem.compute_dtype or m.values.dtype) == torch.float16 for m in models):
-        top = top / _FLOAT16_HEADROOM
+        top = top / FLOAT16_HEADROOM
     power = torch.exp2(torch.floor(torch.log2(top)))
     return torch.where(torch.isfinite(power) & (power > 0), power, one)
+
+
+def granule_of(device: torch.device) -> int:
+    return _GRANULE.get(device.type, 1)
 
 
 def default_workspace(device: torch.device) -> int:

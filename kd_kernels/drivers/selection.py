@@ -26,8 +26,8 @@ class Selection:
             self.ids, self._again = torch.where(repeated, -1, self._ordered).sort(dim=-1, stable=True)
 
     def merge(self, values: Tensor, add: Callable[[Tensor, Tensor], Tensor], nothing: float) -> Tensor:
-        """``values`` [n, K] of the given ids, in the order of ``ids``; those of repeated ids added up by ``add``,
-        always in the same order; ``nothing`` where unused."""
+        """``values`` [n, K] of the given ids, in the order of ``ids``; those of repeated ids added up by
+        ``add``, always in the same order; ``nothing`` where unused."""
         values, step = values.gather(1, self._order), 1
         while (
             self._may_repeat and step < values.shape[1]

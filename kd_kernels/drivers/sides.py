@@ -158,8 +158,8 @@ class HeadSide:
 
 
 class LogitsSide:
-    """Logits that exist already: read where they lie, whatever their leading strides; or a copy of each chunk,
-    for a kernel that scribbles in them."""
+    """Logits that exist already: read where they lie, whatever their leading strides; or a copy of each
+    chunk, for a kernel that scribbles in them."""
 
     def __init__(self, model: Model, vocab: int, rows: Optional[Tensor], copy: bool = False) -> None:
         self.model, self.vocab, self.copy = model, vocab, copy

@@ -1,10 +1,10 @@
 """A sparse teacher against a student's full vocabulary, by two kernels that know nothing of it.
 
-Seen from a teacher that names K tokens, the student has K + 1 outcomes: each of them, and *another token*, whose
-probability is the sum over all others. A divergence over those outcomes is one of two short rows of logits, so
-the row_divergence kernel computes it, every objective alike; what the student's short row holds comes from the
-gather kernel. The softmax over the short row being the coarse form of the softmax over the vocabulary, its
-gradient extends: an entry among the others gets the last outcome's, times its share of it.
+Seen from a teacher that names K tokens, the student has K + 1 outcomes: each of them, and *another token*,
+whose probability is the sum over all others. A divergence over those outcomes is one of two short rows of
+logits, so the row_divergence kernel computes it, every objective alike; what the student's short row holds
+comes from the gather kernel. The softmax over the short row being the coarse form of the softmax over the
+vocabulary, its gradient extends: an entry among the others gets the last outcome's, times its share of it.
 
 What ``missing`` says of the teacher's mass beyond its K tokens only changes the last outcome:
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
+from kd_kernels.drivers.gathered import Gathered, new_job, with_last
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.workspace import Workspace
 
@@ -70,7 +71,7 @@ class SparseSide:
         named = torch.ones_like(logprobs)
         if labels is not None:  # the label's entry is gathered too
             ids = torch.cat([ids, walked(labels)[:, None].to(ids.dtype)], 1)
-            logprobs, named = _more(logprobs, -_INF), _more(named, 0.0)
+            logprobs, named = with_last(logprobs, -_INF), with_last(named, 0.0)
         selection = Selection(ids, vocab)
         tail = walked(target.log_tail)
         self.whole = SparseRows(
@@ -99,30 +100,20 @@ class SparseSide:
 def sparse_divergence(
     job: R.RowJob, phases: int, gather: Callable[..., None], divergence: Callable[..., None]
 ) -> None:
-    """The row kernel's contract (:class:`kd_kernels.rows.RowJob`) where ``job.teacher`` is :class:`SparseRows`.
+    """The row kernel's contract (:class:`kd_kernels.rows.RowJob`), ``job.teacher`` being :class:`SparseRows`.
 
     Its ``statistics`` are not filled, and not asked for: a later gradient phase runs everything again, which
-    against the products of the walk costs next to nothing.
+    costs next to nothing beside the products of the walk.
     """
     target: SparseRows = job.teacher
-    student, n, k = job.student, *target.ids.shape
-    new = lambda *shape: target.logprobs.new_zeros(shape)  # noqa: E731
-    found = R.GatherJob(
-        n,
-        job.vocab,
-        student,
-        target.ids,
-        gathered=new(n, k),
-        statistics=new(n, R.GATHER_COLUMNS),
-        hard=job.labels is not None,
-        means=job.entropies,
-    )
+    student, labels = job.student, job.labels
+    found = new_job(student, target.ids, job.n, job.vocab, labels is not None, job.entropies)
     gather(found, R.STATISTICS)
-    view = _View(found, target, student.temperature)
+    view = _View(found, target)
     short, gain = _short_job(job, view, phases)
     divergence(short, phases if phases & R.GRADIENT == 0 else R.STATISTICS | R.TERMS | R.GRADIENT)
 
-    label = None if job.labels is None else _Label(view, job.labels)
+    label = None if labels is None else _Label(view, labels)
     if phases & R.TERMS:
         # gain KL(t / gain || q) + gain log gain = sum t log(t / q)
         soft = short.terms[:, R.SOFT] * gain + torch.xlogy(gain, gain)
@@ -130,37 +121,23 @@ def sparse_divergence(
         if label is not None:
             job.terms[:, R.HARD] = label.nll
         if job.entropies:
-            job.terms[:, R.STUDENT_ENTROPY] = view.student_entropy()
+            job.terms[:, R.STUDENT_ENTROPY] = view.entropy()
             job.terms[:, R.TEACHER_ENTROPY] = short.terms[:, R.TEACHER_ENTROPY]
     if phases & R.GRADIENT and student.grad is not None:
         _spread_gradient(job, found, view, short.student.grad, label)
         gather(found, R.GRADIENT)
 
 
-class _View:
-    """The student as the teacher sees it, in logarithms relative to the row's largest logit; float64."""
+class _View(Gathered):
+    """The student as the teacher sees it."""
 
-    def __init__(self, found: R.GatherJob, target: SparseRows, temperature: Tensor) -> None:
-        self.found, self.target, self.temperature = found, target, temperature[:, None]
-        largest = found.gathered.amax(1) if found.ids.shape[1] else found.gathered.new_full((found.n,), -_INF)
-        self.top = torch.maximum(found.statistics[:, R.OTHERS_MAX], largest)
-        self.below = found.gathered - self.top[:, None]  # [n, K]
-        self.others_below = found.statistics[:, R.OTHERS_MAX] - self.top
-        self.at_ids = self.below / self.temperature
-        self.others = self.others_below / temperature + found.statistics[:, R.OTHERS_LOGZ]
+    def __init__(self, found: R.GatherJob, target: SparseRows) -> None:
+        super().__init__(found)
+        self.target = target
         # A label that the teacher does not name is another token to it.
         self.named = torch.where(target.named, self.at_ids, -_INF)
         self.label = torch.where(target.named, -_INF, self.at_ids)
-        self.rest = torch.logsumexp(_more(self.label, self.others), 1)
-        self.lse = torch.logsumexp(_more(self.at_ids, self.others), 1)
-
-    def student_entropy(self) -> Tensor:
-        stats, log_q = self.found.statistics, _more(self.at_ids, self.others) - self.lse[:, None]
-        own = torch.where(log_q == -_INF, 0.0, -log_q.exp() * log_q).sum(1)
-        within = torch.where(
-            stats[:, R.OTHERS_LOGZ] == -_INF, 0.0, stats[:, R.OTHERS_LOGZ] - stats[:, R.OTHERS_MEAN]
-        )
-        return own + log_q[:, -1].exp() * within
+        self.rest = torch.logsumexp(with_last(self.label, self.others), 1)
 
 
 class _Label:
@@ -168,7 +145,7 @@ class _Label:
 
     def __init__(self, view: _View, labels: Tensor) -> None:
         logz = view.found.statistics[:, R.OTHERS_LOGZ_HARD]
-        logits = _more(view.below, view.others_below + logz)
+        logits = with_last(view.below, view.others_below + logz)
         self.log_q = logits - torch.logsumexp(logits, 1)[:, None]
         self.is_label = (view.found.ids == labels[:, None]) & (view.found.ids >= 0)
         at_label = torch.where(self.is_label, self.log_q[:, :-1], -_INF).amax(1)
@@ -178,7 +155,7 @@ class _Label:
 
 
 def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tensor]:
-    """The K + 1 outcomes as two rows of logits, and what the divergence between them is to be multiplied by."""
+    """The K + 1 outcomes as two rows of logits, and what their divergence is to be multiplied by."""
     target, n = view.target, job.n
     # The mass of each token is at most 1, but what is recorded unnormalised need not sum to it.
     mass = torch.logsumexp(target.logprobs, 1).exp()
@@ -188,8 +165,8 @@ def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tenso
     if target.missing == "tail":
         tail = target.log_tail
         if tail is None:
-            # Rounding takes the last digits of 1 - mass: not to be believed where it says 0, unless there is no
-            # other token.
+            # Rounding takes the last digits of 1 - mass: not to be believed where it says 0, unless there is
+            # no other token.
             tail = torch.log((1 - mass).clamp(min=_RESOLUTION))
             tail = torch.where(rest == -_INF, -_INF, tail)
 
@@ -198,7 +175,9 @@ def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tenso
     one = torch.ones_like(mass)
 
     def short(at_ids: Tensor, last: Tensor) -> R.Rows:
-        logits = torch.nn.functional.pad(_more(at_ids, last), (0, width - at_ids.shape[1] - 1), value=-_INF)
+        logits = torch.nn.functional.pad(
+            with_last(at_ids, last), (0, width - at_ids.shape[1] - 1), value=-_INF
+        )
         return R.Rows(logits, offsets, one, multiple=width, grad_multiple=width)
 
     student, teacher = short(view.named, rest), short(target.logprobs, tail)
@@ -246,10 +225,3 @@ def _spread_gradient(
         found.hard_weight = torch.where(silent, 0.0, weight * probability[:, k])
         own = weight[:, None] * (probability[:, :k] - label.is_label.to(probability.dtype))
         found.at_ids += torch.where(silent[:, None] | (found.ids < 0), 0.0, own)
-
-
-def _more(x: Tensor, last: Tensor | float) -> Tensor:
-    """``x`` [n, k] with one more column."""
-    if not isinstance(last, Tensor):
-        last = x.new_full((x.shape[0],), last)
-    return torch.cat([x, last[:, None]], 1)

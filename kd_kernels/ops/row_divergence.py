@@ -11,7 +11,6 @@ compiled graph, and every new value a recompilation.
 """
 
 # Schemas are read from the annotations: no postponed ones, and typing's own generics, for torch 2.6.
-import os
 from typing import List, Optional, Tuple
 
 import torch
@@ -22,6 +21,7 @@ from kd_kernels.drivers.chunked_head import Problem, walk
 from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.objectives import CATALOGUE
+from kd_kernels.ops.checks import checks_values
 from kd_kernels.ops.sparse_checks import check_target, refuse_undefined
 
 # The order in which both ops take the call and in which autograd sees it.
@@ -39,8 +39,7 @@ _SLAB = 4 << 20  # elements: few enough pieces, each wakes the threads twice
 
 def _check_values(problem: Problem, call: dict) -> None:
     """Value checks: on CPU, and elsewhere under KD_KERNELS_DEBUG=1, since each waits for the device."""
-    on_host = problem.student.values.device.type == "cpu"
-    if problem.tokens == 0 or not (on_host or os.environ.get("KD_KERNELS_DEBUG", "0") not in ("", "0")):
+    if problem.tokens == 0 or not checks_values(problem.student.values.device):
         return
 
     def counted(value: Tensor) -> Tensor:  # [N, K], [N] or 0-d -> the tokens that count
@@ -254,10 +253,10 @@ def _(*args):
 def scale_gradient(gradient: Tensor, upstream: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * upstream * factor`` in ``dtype``, into a fresh tensor: what was saved stays as it
     was, so that a second backward is right."""
-    return _scaled(gradient, upstream.to(torch.float64) * factor, dtype)
+    return scaled(gradient, upstream.to(torch.float64) * factor, dtype)
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """One fresh tensor: scaling and casting never hold a third copy of a weight's gradient."""
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     if gradient.dtype == dtype:
@@ -324,7 +323,7 @@ def row_divergence_backward(
     outcome = walk(problem, R.GRADIENT, statistics)
     inputs = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
     return [
-        _scaled(g, outcome.factor, x.dtype)
+        scaled(g, outcome.factor, x.dtype)
         for g, x in zip(outcome.gradients, inputs)
         if g is not None and x is not None
     ]

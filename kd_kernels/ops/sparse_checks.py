@@ -22,13 +22,13 @@ def refuse_undefined(objective: str, missing: str) -> None:
         )
     if missing == "teacher_renorm" and objective in ("reverse_kl", "weighted_kl"):
         raise ValueError(
-            f'{objective} is infinite with missing="teacher_renorm", which gives the other tokens probability 0; '
-            f'use missing="tail" or "renorm_both"'
+            f'{objective} is infinite with missing="teacher_renorm", which gives the other tokens '
+            f'probability 0; use missing="tail" or "renorm_both"'
         )
 
 
 def check_target(target: Target, counted: Callable[[Tensor], Tensor], vocab: int) -> None:
-    """Raise ValueError for numbers that tokens that count must not hold; ``counted`` picks those of ``[N]``."""
+    """Raise ValueError for numbers that must not be; ``counted`` picks the tokens that count of ``[N]``."""
     ids = counted(target.ids)
     wrong = ids[(ids < -1) | (ids >= vocab)]
     if wrong.numel():
@@ -47,8 +47,8 @@ def check_target(target: Target, counted: Callable[[Tensor], Tensor], vocab: int
         )
     if target.missing in ("teacher_renorm", "renorm_both") and bool((logprobs.amax(1) == -torch.inf).any()):
         raise ValueError(
-            f'SparseTarget: a token that counts has no id with a probability, so missing="{target.missing}" leaves '
-            f"it without a target; leave it out by mask= or labels="
+            f"SparseTarget: a token that counts has no id with a probability, so "
+            f'missing="{target.missing}" leaves it without a target; leave it out by mask= or labels='
         )
     if target.log_tail is not None:
         tail = counted(target.log_tail)

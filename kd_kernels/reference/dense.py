@@ -76,7 +76,6 @@ def sparse_divergence(objective: Objective, student: Tensor, target: SparseTarge
     Returns:
         ``[n]``, in the dtype of the logits.
     """
-    vocab = student.shape[-1]
     used = target.ids >= 0
     t = torch.where(used, target.logprobs.to(student.dtype), -torch.inf).exp()
     index = torch.where(used, target.ids.long(), 0)

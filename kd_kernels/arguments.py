@@ -1,0 +1,139 @@
+"""What the public calls have in common: checking arguments, and bringing them into the form that ops take."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kd_kernels.sources import FLOATING, Head, SparseTarget, Teacher
+
+Scalar = Union[float, Tensor]
+
+
+# --- checks -------------------------------------------------------------------------------------------
+
+
+def refuse_transforms(function: str, *tensors: Optional[Tensor]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise TypeError(
+            f"{function} does not work under torch.func transforms (grad, vmap, jvp, ...): its "
+            f"gradient is computed by kernels; call it outside, and use loss.backward()"
+        )
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise TypeError(f"{function} has no forward-mode derivative; use loss.backward()")
+
+
+def check_source(name: str, source: Teacher, device: torch.device) -> None:
+    """Its tensors are on ``device`` and, unless autocast makes them, of one dtype."""
+    values, weight, bias = source.tensors()
+    parts = [("values", values), ("weight", weight), ("bias", bias)]
+    if isinstance(source, SparseTarget):
+        parts = [("logprobs", values), ("ids", source.ids), ("log_tail_mass", source.log_tail_mass)]
+    for part, tensor in parts:
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            where = "the student's values" if name == "teacher" else "its values"
+            raise ValueError(f"{name}'s {part} is on {tensor.device}, {where} on {device}")
+        if part != "ids" and tensor.dtype not in FLOATING:
+            raise TypeError(f"{name}'s {part} has dtype {tensor.dtype}")
+        if weight is not None and tensor.dtype != values.dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(
+                f"{name}: hidden is {values.dtype} but its {part} is {tensor.dtype}; cast one, or "
+                f"use torch.autocast"
+            )
+
+
+def check_resources(ignore_index: int, backend: Optional[str], workspace_bytes: Optional[int]) -> None:
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {backend!r}")
+    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
+
+
+def check_per_token(name: str, value: Tensor, lead: torch.Size, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.shape != lead:
+        raise ValueError(
+            f"{name} must have the leading shape of the tokens, {tuple(lead)}; got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the student on {device}")
+
+
+def flat_ids(name: str, ids: Tensor, ignore_index: int, lead: torch.Size, device: torch.device) -> Tensor:
+    """Ids of the leading shape, or that and K more, as ``[N, K]`` int64, -1 where they are unused."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16):
+        raise TypeError(f"{name} must be integers (int64, int32 or int16), got {ids.dtype}")
+    one = ids.shape == lead
+    if not one and (ids.shape[:-1] != lead or ids.dim() == 0):
+        raise ValueError(
+            f"{name} must have the leading shape of the tokens, {tuple(lead)}, or that and K more; got "
+            f"{tuple(ids.shape)}"
+        )
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device}, the tokens on {device}")
+    flat = ids.to(torch.int64).reshape(lead.numel(), 1 if one else ids.shape[-1])
+    return torch.where(flat == ignore_index, -1, flat)
+
+
+# --- small conversions --------------------------------------------------------------------------------
+
+
+def number(value: float) -> Tensor:
+    """A 0-d float64 tensor on CPU. A graph being compiled takes a changing number through tensor
+    arithmetic without recompiling, but makes a constant of it in ``torch.tensor(value)``."""
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=torch.float64) + value
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
+    """A number as a 0-d tensor, a tensor checked and flattened to ``[N]``; float64."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        return number(value)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, but is not differentiated; pass {name}.detach(), or use per-token "
+            f'results (reduction="none") and weight them outside'
+        )
+    if not (value.dtype.is_floating_point or value.dtype in (torch.int32, torch.int64)):
+        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    if value.dim() == 0:
+        return value.detach().to(torch.float64)
+    check_per_token(name, value, lead, device)
+    return value.detach().reshape(-1).to(torch.float64)
+
+
+def saveable(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """Inference-mode tensors cannot be saved for backward: give autograd a plain tensor over the same
+    memory instead."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def autocast_dtype(*sources: Teacher) -> Optional[torch.dtype]:
+    """The dtype heads compute in under autocast, as F.linear would; None outside, and for float64."""
+    device = sources[0].tensors()[0].device.type
+    heads = [source for source in sources if isinstance(source, Head)]
+    if not torch.is_autocast_enabled(device) or not heads:
+        return None
+    if any(x is not None and x.dtype == torch.float64 for head in heads for x in head.tensors()):
+        return None
+    return torch.get_autocast_dtype(device)
