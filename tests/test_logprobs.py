@@ -146,7 +146,8 @@ def test_gradcheck_op_and_second_backward():
 def test_opcheck_and_compile():
     batch = Batch()
     source = batch.source("student", "head", torch.float32)
-    ids = ids_of(batch).reshape(-1, 6)
+    given = ids_of(batch)
+    ids = given.reshape(-1, 6)
     ids = torch.where(ids < 0, -1, ids)
     zero = torch.zeros((), dtype=torch.float64)
     call = (
@@ -156,7 +157,7 @@ def test_opcheck_and_compile():
     torch.library.opcheck(torch.ops.kd_kernels.linear_logprobs.default, call)
 
     def loss(hidden, weight):
-        logprobs, entropy = kd.linear_logprobs(kd.Head(hidden, weight), ids_of(batch), entropy=True)
+        logprobs, entropy = kd.linear_logprobs(kd.Head(hidden, weight), given, entropy=True)
         return logprobs.sum() - 0.3 * entropy.mean()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
