@@ -4,6 +4,7 @@
 #include "gather.h"
 #include "gemm.h"
 #include "row_divergence.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -100,6 +101,31 @@ void def_gather(py::module_& module) {
   module.def("gather", &kd::gather, py::arg("args"), py::arg("phases"), py::call_guard<py::gil_scoped_release>());
 }
 
+void def_topk(py::module_& module) {
+  using kd::Topk;
+  py::class_<Topk> args(module, "Topk");
+  args.def(py::init<>());
+  args.def_readwrite("n", &Topk::n);
+  args.def_readwrite("vocab", &Topk::vocab);
+  args.def_readwrite("side", &Topk::side);
+  def_pointer(args, "temperatures", &Topk::temperatures);
+  args.def_readwrite("temperature_count", &Topk::temperature_count);
+  args.def_readwrite("k", &Topk::k);
+  def_pointer(args, "ids", &Topk::ids);
+  def_pointer(args, "values", &Topk::values);
+  def_pointer(args, "statistics", &Topk::statistics);
+  args.def_readwrite("target_count", &Topk::target_count);
+  def_pointer(args, "targets", &Topk::targets);
+  def_pointer(args, "target_values", &Topk::target_values);
+  def_pointer(args, "target_ranks", &Topk::target_ranks);
+  args.def_readwrite("sample_count", &Topk::sample_count);
+  def_pointer(args, "uniforms", &Topk::uniforms);
+  def_pointer(args, "samples", &Topk::samples);
+  args.def_readwrite("threads", &Topk::threads);
+
+  module.def("topk", &kd::topk, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+}
+
 void gemm_bf16(int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t b, int64_t b_row,
                int64_t b_col, uintptr_t c, int64_t ldc, bool accumulate, int threads) {
   kd::GemmBf16 args;
@@ -133,6 +159,7 @@ PYBIND11_MODULE(_native, module) {
   def_side(module);
   def_row_divergence(module);
   def_gather(module);
+  def_topk(module);
   def_gemm(module);
 
   module.def("instruction_set", &kd::instruction_set);

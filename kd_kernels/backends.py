@@ -53,7 +53,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "reference": (reference_gather, lambda device: []),
     },
     "topk": {
-        "cpu": (None, _not_built),
+        "cpu": (native.topk, _cpu_objections),
         "triton": (None, _not_built),
         "cuda": (None, _not_built),
         "reference": (reference_topk, lambda device: []),

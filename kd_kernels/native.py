@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import GatherJob, RowJob, Rows
+from kd_kernels.rows import GatherJob, RowJob, Rows, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -93,6 +93,23 @@ def gather(job: GatherJob, phases: int) -> None:
     args.hard_weight, args.at_ids = _address(job.hard_weight), _address(job.at_ids)
     args.threads = torch.get_num_threads()
     native.gather(args, phases)
+
+
+def topk(job: TopkJob) -> None:
+    """:func:`kd_kernels.reference.topk`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.Topk()
+    args.n, args.vocab = job.n, job.vocab
+    args.side = _side(job.side)
+    args.temperatures, args.temperature_count = job.temperatures.data_ptr(), job.temperatures.numel()
+    args.k, args.ids, args.values = job.ids.shape[1], job.ids.data_ptr(), job.values.data_ptr()
+    args.statistics = job.statistics.data_ptr()
+    args.target_count, args.targets = job.targets.shape[1], job.targets.data_ptr()
+    args.target_values, args.target_ranks = job.target_values.data_ptr(), job.target_ranks.data_ptr()
+    args.sample_count, args.uniforms = job.uniforms.shape[1], job.uniforms.data_ptr()
+    args.samples = job.samples.data_ptr()
+    args.threads = torch.get_num_threads()
+    native.topk(args)
 
 
 # --- bfloat16 products with a float32 result ---------------------------------------------------------

@@ -11,9 +11,10 @@ struct InstructionSet {
   const char* name;
   decltype(&baseline::gather) gather;
   decltype(&baseline::row_divergence) row_divergence;
+  decltype(&baseline::topk) topk;
 };
 #define KD_INSTRUCTION_SET(isa) \
-  InstructionSet { #isa, isa::gather, isa::row_divergence }
+  InstructionSet { #isa, isa::gather, isa::row_divergence, isa::topk }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -43,6 +44,10 @@ void gather(const Gather& args, unsigned phases) {
 
 void row_divergence(const RowDivergence& args, unsigned phases) {
   if (args.n > 0) chosen().row_divergence(args, phases);
+}
+
+void topk(const Topk& args) {
+  if (args.n > 0) chosen().topk(args);
 }
 
 const char* instruction_set() { return chosen().name; }

@@ -2,12 +2,14 @@
 #pragma once
 #include "../gather.h"
 #include "../row_divergence.h"
+#include "../topk.h"
 
 namespace kd {
 #define KD_DECLARE_KERNELS(isa)                                    \
   namespace isa {                                                  \
   void gather(const Gather& args, unsigned phases);                \
   void row_divergence(const RowDivergence& args, unsigned phases); \
+  void topk(const Topk& args);                                     \
   }
 
 KD_DECLARE_KERNELS(baseline)
