@@ -269,20 +269,20 @@ def _check_types(
         raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
 
 
-def _check_sources(student: Source, teacher: Source, vocab: str) -> None:
+def _check_sources(student: Source, teacher: Source, vocab: str, teacher_name: str = "teacher") -> None:
     if student.leading_shape != teacher.leading_shape:
         raise ValueError(
-            f"student and teacher must have the same tokens; their leading shapes are "
+            f"student and {teacher_name} must have the same tokens; their leading shapes are "
             f"{tuple(student.leading_shape)} and {tuple(teacher.leading_shape)}"
         )
     if student.vocab_size != teacher.vocab_size and vocab == "error":
         raise ValueError(
-            f"student has {student.vocab_size} vocabulary entries and teacher {teacher.vocab_size}; "
+            f"student has {student.vocab_size} vocabulary entries and {teacher_name} {teacher.vocab_size}; "
             f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
         )
     device = student.tensors()[0].device
     autocast = torch.is_autocast_enabled(device.type)
-    for name, source in (("student", student), ("teacher", teacher)):
+    for name, source in (("student", student), (teacher_name, teacher)):
         values, weight, bias = source.tensors()
         for part, tensor in (("values", values), ("weight", weight), ("bias", bias)):
             if tensor is None:
@@ -391,10 +391,10 @@ def _scalars(student: Source, teacher: Source, soft_weight: float, hard_weight: 
     return torch.stack([_number(x) for x in (*shaping, soft_weight, hard_weight)])
 
 
-def _autocast_dtype(student: Source, teacher: Source) -> Optional[torch.dtype]:
+def _autocast_dtype(*sources: Source) -> Optional[torch.dtype]:
     """The dtype heads compute in under autocast, as F.linear would; None outside, and for float64."""
-    device = student.tensors()[0].device.type
-    heads = [source for source in (student, teacher) if isinstance(source, Head)]
+    device = sources[0].tensors()[0].device.type
+    heads = [source for source in sources if isinstance(source, Head)]
     if not torch.is_autocast_enabled(device) or not heads:
         return None
     if any(x is not None and x.dtype == torch.float64 for head in heads for x in head.tensors()):

@@ -27,7 +27,7 @@ GPU_SHARE, GPU_LEAST, GPU_MOST = 32, 256 << 20, 4 << 30
 _FLOAT16_HEADROOM = 64
 # Chunk widths are multiples of this where the budget allows: the row kernel's vector strip on CPU, a tile of
 # the GEMM on a GPU.
-_GRANULE = {"cpu": 32, "cuda": 128}
+GRANULE = {"cpu": 32, "cuda": 128}
 
 
 @dataclass
@@ -110,7 +110,7 @@ def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement
     budget = problem.workspace_bytes
     if budget is None:
         budget = default_workspace(device)
-    granule = _GRANULE.get(device.type, 1)
+    granule = GRANULE.get(device.type, 1)
     rows = chunk_rows(problem.walked, problem.vocab, itemsizes, budget, room, granule)
     return Arrangement(student, teacher, rows, room(rows))
 
