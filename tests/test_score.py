@@ -188,6 +188,15 @@ def test_tokens_that_do_not_count_reach_nothing(backend):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("silence", ["mask", "ignore_index"])
+def test_token_zero_is_not_right_where_nothing_counts(silence, backend):
+    labels = torch.tensor([0, 3, 0])
+    options = {"ignore_index": 0} if silence == "ignore_index" else {"mask": labels != 0}
+    result = kd.score(torch.randn(3, 9), torch.randn(3, 9), labels=labels, backend=backend, **options)
+    assert result.counted.tolist() == [False, True, False] and result.valid_tokens == 1
+    assert not result.models[0].correct[::2].any() and not result.pairs[0].top1_agreement[::2].any()
+
+
 def test_chunking_changes_nothing(backend, monkeypatch):
     sources = models()
     labels = labels_for(sources[0])
@@ -381,7 +390,9 @@ WRONG = {
     "backend type": (lambda: kd.score(Z, backend=1), TypeError, "backend must be a name"),
     "unserved backend": (lambda: kd.score(Z, backend="cuda"), kd.BackendUnavailable, "topk on cpu: cuda"),
     "logits_dtype": (
-        lambda: kd.score(kd.Head(H, W), logits_dtype=torch.float16, backend="reference"), ValueError, "logits_dty"
+        lambda: kd.score(kd.Head(H, W), logits_dtype=torch.float16, backend="reference"),
+        ValueError,
+        "logits_dtype must be None",
     ),
 }  # fmt: skip
 
@@ -427,7 +438,7 @@ def row_by_row(job):
 
 if TABLE["topk"]["cpu"][0] is None:
     TABLE["topk"]["cpu"] = (row_by_row, lambda device: [])
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 tokens, vocab, workspace = 320, 32000, 12 << 20
 
 def status(field):
