@@ -12,6 +12,7 @@ if not (_here / "triton_kernels").exists() and (_here.parent / "triton_kernels")
     __path__.append(str(_here.parent))
 
 from kd_kernels.backends import BackendUnavailable  # noqa: E402
+from kd_kernels.calibration import Calibration, calibration  # noqa: E402
 from kd_kernels.distill import DistillationLoss, Parts, distill, next_token_labels  # noqa: E402
 from kd_kernels.drivers.workspace import release_workspace  # noqa: E402
 from kd_kernels.logprobs import linear_logprobs  # noqa: E402
@@ -27,29 +28,36 @@ from kd_kernels.objectives import (  # noqa: E402
     TotalVariation,
     WeightedKL,
 )
+from kd_kernels.score import ModelScore, PairScore, Scores, score  # noqa: E402
 from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
 from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
     "CATALOGUE",
     "BackendUnavailable",
+    "Calibration",
     "DistillationLoss",
     "ForwardKL",
     "Head",
     "JensenShannon",
     "Logits",
+    "ModelScore",
     "Objective",
+    "PairScore",
     "Parts",
     "ReverseKL",
+    "Scores",
     "SkewKL",
     "SkewReverseKL",
     "SparseTarget",
     "TotalVariation",
     "WeightedKL",
     "__version__",
+    "calibration",
     "distill",
     "last_hidden_state",
     "linear_logprobs",
     "next_token_labels",
     "release_workspace",
+    "score",
 ]

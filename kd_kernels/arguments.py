@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kd_kernels.sources import FLOATING, Head, SparseTarget, Teacher
+from kd_kernels.sources import FLOATING, Head, Source, SparseTarget, Teacher
 
 Scalar = Union[float, Tensor]
 
@@ -29,8 +29,8 @@ def refuse_transforms(function: str, *tensors: Optional[Tensor]) -> None:
         raise TypeError(f"{function} has no forward-mode derivative; use loss.backward()")
 
 
-def check_source(name: str, source: Teacher, device: torch.device) -> None:
-    """Its tensors are on ``device`` and, unless autocast makes them, of one dtype."""
+def check_source(name: str, source: Teacher, device: torch.device, where: str = "its values") -> None:
+    """Its tensors are on ``device``, as ``where`` are, and, unless autocast makes them, of one dtype."""
     values, weight, bias = source.tensors()
     parts = [("values", values), ("weight", weight), ("bias", bias)]
     if isinstance(source, SparseTarget):
@@ -39,7 +39,6 @@ def check_source(name: str, source: Teacher, device: torch.device) -> None:
         if tensor is None:
             continue
         if tensor.device != device:
-            where = "the student's values" if name == "teacher" else "its values"
             raise ValueError(f"{name}'s {part} is on {tensor.device}, {where} on {device}")
         if part != "ids" and tensor.dtype not in FLOATING:
             raise TypeError(f"{name}'s {part} has dtype {tensor.dtype}")
@@ -48,6 +47,23 @@ def check_source(name: str, source: Teacher, device: torch.device) -> None:
                 f"{name}: hidden is {values.dtype} but its {part} is {tensor.dtype}; cast one, or "
                 f"use torch.autocast"
             )
+
+
+def check_sources(student: Source, teacher: Teacher, vocab: str, teacher_name: str = "teacher") -> None:
+    """A student and a teacher that fit together."""
+    if student.leading_shape != teacher.leading_shape:
+        raise ValueError(
+            f"student and {teacher_name} must have the same tokens; their leading shapes are "
+            f"{tuple(student.leading_shape)} and {tuple(teacher.leading_shape)}"
+        )
+    sparse = isinstance(teacher, SparseTarget)
+    if not sparse and student.vocab_size != teacher.vocab_size and vocab == "error":
+        raise ValueError(
+            f"student has {student.vocab_size} vocabulary entries and {teacher_name} {teacher.vocab_size}; "
+            f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
+        )
+    for name, source in (("student", student), (teacher_name, teacher)):
+        check_source(name, source, student.tensors()[0].device, "the student's values")
 
 
 def check_resources(ignore_index: int, backend: Optional[str], workspace_bytes: Optional[int]) -> None:
@@ -68,6 +84,31 @@ def check_per_token(name: str, value: Tensor, lead: torch.Size, device: torch.de
         )
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, the student on {device}")
+
+
+def valid_tokens(
+    labels: Optional[Tensor],
+    ignore_index: int,
+    mask: Optional[Tensor],
+    lead: torch.Size,
+    device: torch.device,
+) -> Optional[Tensor]:
+    """Bool ``[N]``, or None where every token counts."""
+    valid = None
+    if labels is not None:
+        check_per_token("labels", labels, lead, device)
+        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        valid = labels.to(torch.int64) != ignore_index  # -100 as uint8 would be the label 156
+    if mask is not None:
+        check_per_token("mask", mask, lead, device)
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool(), or token_weight "
+                f"for weights"
+            )
+        valid = mask if valid is None else valid & mask
+    return None if valid is None else valid.reshape(-1)
 
 
 def flat_ids(name: str, ids: Tensor, ignore_index: int, lead: torch.Size, device: torch.device) -> Tensor:
@@ -118,6 +159,13 @@ def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) 
     return value.detach().reshape(-1).to(torch.float64)
 
 
+def detached(source: Source) -> Source:
+    values, weight, bias = (None if x is None else x.detach() for x in source.tensors())
+    if isinstance(source, Head):
+        return Head(values, weight, bias, source.scale, source.softcap)
+    return type(source)(values, source.scale, source.softcap)
+
+
 def saveable(tensor: Optional[Tensor]) -> Optional[Tensor]:
     """Inference-mode tensors cannot be saved for backward: give autograd a plain tensor over the same
     memory instead."""
@@ -137,3 +185,8 @@ def autocast_dtype(*sources: Teacher) -> Optional[torch.dtype]:
     if any(x is not None and x.dtype == torch.float64 for head in heads for x in head.tensors()):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def count(valid: Optional[Tensor], lead: torch.Size, device: torch.device) -> Tensor:
+    # Filled in on the device: copying it there would wait for the device.
+    return torch.full((), lead.numel(), device=device) if valid is None else valid.sum()

@@ -12,13 +12,15 @@ from kd_kernels import rows as R
 from kd_kernels.arguments import (
     Scalar,
     autocast_dtype,
-    check_per_token,
     check_resources,
-    check_source,
+    check_sources,
+    count,
+    detached,
     number,
     per_token,
     refuse_transforms,
     saveable,
+    valid_tokens,
 )
 from kd_kernels.backends import BackendUnavailable
 from kd_kernels.objectives import Objective
@@ -123,7 +125,7 @@ def distill(
     _check_options(objective, reduction, num_items, vocab)
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes)
     lead, device = student.leading_shape, student.tensors()[0].device
-    _check_sources(student, teacher, vocab)
+    check_sources(student, teacher, vocab)
     sparse = isinstance(teacher, SparseTarget)
     if sparse:
         if teacher_grad:
@@ -132,9 +134,9 @@ def distill(
         teacher, teacher_temperature = teacher.brought_to(at, student.tensors()[0].dtype), 1.0
         named = (saveable(teacher.ids), saveable(teacher.log_tail_mass), teacher.missing)
     elif not teacher_grad:
-        teacher = _detached(teacher)
+        teacher = detached(teacher)
 
-    valid = _valid_tokens(labels, ignore_index, mask, lead, device)
+    valid = valid_tokens(labels, ignore_index, mask, lead, device)
     if labels is None and hard_weight != 0:
         raise ValueError(f"hard_weight={hard_weight} needs labels; pass labels=, or hard_weight=0")
     t_s = per_token("temperature", temperature, lead, device)
@@ -181,13 +183,13 @@ def distill(
     if unreduced:
         loss = loss.reshape(lead)
     elif reduction == "mean":
-        loss = loss / (_count(valid, lead, device).clamp(min=1) if num_items is None else num_items)
+        loss = loss / (count(valid, lead, device).clamp(min=1) if num_items is None else num_items)
     elif reduction == "batchmean":
         loss = loss / max(lead[0] if len(lead) else 1, 1)
     if not return_parts:
         return loss
     columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
-    return loss, Parts(*columns, valid_tokens=_count(valid, lead, device))
+    return loss, Parts(*columns, valid_tokens=count(valid, lead, device))
 
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -267,62 +269,6 @@ def _check_types(
                 f"{name} must be a number, got {type(weight).__name__}; weights per token go in token_weight"
             )
     check_resources(ignore_index, backend, workspace_bytes)
-
-
-def _check_sources(student: Source, teacher: Teacher, vocab: str) -> None:
-    if student.leading_shape != teacher.leading_shape:
-        raise ValueError(
-            f"student and teacher must have the same tokens; their leading shapes are "
-            f"{tuple(student.leading_shape)} and {tuple(teacher.leading_shape)}"
-        )
-    sparse = isinstance(teacher, SparseTarget)
-    if not sparse and student.vocab_size != teacher.vocab_size and vocab == "error":
-        raise ValueError(
-            f"student has {student.vocab_size} vocabulary entries and teacher {teacher.vocab_size}; "
-            f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
-        )
-    for name, source in (("student", student), ("teacher", teacher)):
-        check_source(name, source, student.tensors()[0].device)
-
-
-def _valid_tokens(
-    labels: Optional[Tensor],
-    ignore_index: int,
-    mask: Optional[Tensor],
-    lead: torch.Size,
-    device: torch.device,
-) -> Optional[Tensor]:
-    """Bool ``[N]``, or None where every token counts."""
-    valid = None
-    if labels is not None:
-        check_per_token("labels", labels, lead, device)
-        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(f"labels must be integers, got {labels.dtype}")
-        valid = labels.to(torch.int64) != ignore_index  # -100 as uint8 would be the label 156
-    if mask is not None:
-        check_per_token("mask", mask, lead, device)
-        if mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask must be bool (True = counts), got {mask.dtype}; use mask.bool(), or token_weight "
-                f"for weights"
-            )
-        valid = mask if valid is None else valid & mask
-    return None if valid is None else valid.reshape(-1)
-
-
-# --- small conversions --------------------------------------------------------------------------------
-
-
-def _detached(source: Source) -> Source:
-    values, weight, bias = (None if x is None else x.detach() for x in source.tensors())
-    if isinstance(source, Head):
-        return Head(values, weight, bias, source.scale, source.softcap)
-    return type(source)(values, source.scale, source.softcap)
-
-
-def _count(valid: Optional[Tensor], lead: torch.Size, device: torch.device) -> Tensor:
-    # Filled in on the device: copying it there would wait for the device.
-    return torch.full((), lead.numel(), device=device) if valid is None else valid.sum()
 
 
 def _scalars(student: Source, teacher: Teacher, soft_weight: float, hard_weight: float) -> Tensor:

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", ["cpu", "reference", "triton"])
+        metafunc.parametrize("backend", getattr(metafunc.module, "BACKENDS", ["cpu", "reference", "triton"]))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,185 @@
+"""Walk the tokens in chunks with any number of models: project each once, measure it, compare it.
+
+Nothing is carried back, so a chunk's workspace holds one tensor of logits per head and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from kd_kernels import rows as R
+from kd_kernels.backends import RowKernel, pick
+from kd_kernels.drivers.chunked_head import chunk_rows, default_workspace, granule_of
+from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
+from kd_kernels.drivers.workspace import borrow, footprint
+
+NLL, ENTROPY, CONFIDENCE = range(3)
+MEASURES = 3
+# What a teacher is compared by, in the order of the results; one parameter serves all, the mixture's share.
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+_SHARE = 0.5
+
+
+@dataclass
+class Scoring:
+    """One call, in plain values."""
+
+    models: list[Model]  # the student first
+    labels: Optional[Tensor]  # [N] int64
+    rows: Optional[Tensor]  # [n] int64: the tokens that count, the others are dropped; None: keep all N
+    temperature: float
+    compute_dtype: Optional[torch.dtype]  # autocast; None: each model's own
+    logits_dtype: Optional[torch.dtype]
+    backend: Optional[str]
+    workspace_bytes: Optional[int]
+
+    @property
+    def vocab(self) -> int:
+        return min(model.vocab_size for model in self.models)
+
+    @property
+    def tokens(self) -> int:
+        return self.models[0].values.shape[:-1].numel()
+
+    @property
+    def walked(self) -> int:
+        return self.tokens if self.rows is None else self.rows.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.models[0].values.device
+
+    def side(self, model: Model) -> Union[HeadSide, LogitsSide]:
+        if not model.is_head:
+            return LogitsSide(model, self.vocab, self.rows)
+        return HeadSide(
+            model,
+            self.vocab,
+            self.rows,
+            kept=None,
+            compute_dtype=self.compute_dtype,
+            logits_dtype=self.logits_dtype,
+            vocabulary_major=False,  # the topk kernel reads rows
+        )
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[..., n]`` of the walked tokens to ``[..., N]`` of all, zeros at those that do not count."""
+        if self.rows is None:
+            return values
+        full = values.new_zeros(*values.shape[:-1], self.tokens)
+        return full.index_copy_(-1, self.rows, values)
+
+
+@dataclass
+class Measured:
+    """Results for M models and N tokens; zeros at tokens that do not count."""
+
+    measures: Tensor  # [M, 3, N] float64: NLL (0 without labels), ENTROPY, CONFIDENCE
+    top1: Tensor  # [M, N] int64; -1 where a model has no distribution
+    divergences: Tensor  # [M - 1, 3, N] float64, in the order of DIVERGENCES
+
+
+def walk(call: Scoring) -> Measured:
+    """Score all tokens that count."""
+    device, n, count = call.device, call.walked, len(call.models)
+    _, topk = pick("topk", device, call.backend)
+    compare = pick("row_divergence", device, call.backend)[1] if count > 1 else None
+    sides = [call.side(model) for model in call.models]
+    chunk, size = _cut(call, sides)
+
+    labels = call.labels
+    if labels is not None and call.rows is not None:
+        labels = labels[call.rows]
+    measures = torch.zeros(count, MEASURES, n, dtype=torch.float64, device=device)
+    top1 = torch.zeros(count, n, dtype=torch.int64, device=device)
+    divergences = torch.zeros(count - 1, len(DIVERGENCES), n, dtype=torch.float64, device=device)
+    for start in range(0, n, chunk):
+        part = slice(start, min(n, start + chunk))
+        temperature = torch.full((part.stop - start,), call.temperature, dtype=torch.float64, device=device)
+        with borrow(size, device) as workspace:
+            # All of them first: a comparison reads two models' logits.
+            rows = [side.project(start, part.stop, workspace, temperature) for side in sides]
+            for i, model in enumerate(rows):
+                of_chunk = None if labels is None else labels[part]
+                _measure(topk, model, call, of_chunk, measures[i, :, part], top1[i, part])
+            for i, teacher in enumerate(rows[1:]):
+                assert compare is not None
+                _compare(compare, rows[0], teacher, call.vocab, divergences[i, :, part])
+    return Measured(*(call.spread(x) for x in (measures, top1, divergences)))
+
+
+def _cut(call: Scoring, sides: list[Union[HeadSide, LogitsSide]]) -> tuple[int, int]:
+    """(tokens per chunk, bytes of workspace that they take)"""
+    itemsizes = [size for side in sides for size in side.buffer_itemsizes()]
+
+    def room(tokens: int) -> int:
+        return sum(footprint(tokens, call.vocab, itemsize) for itemsize in itemsizes)
+
+    budget = default_workspace(call.device) if call.workspace_bytes is None else call.workspace_bytes
+    chunk = chunk_rows(call.walked, call.vocab, itemsizes, budget, room, granule_of(call.device))
+    return chunk, room(chunk)
+
+
+def _measure(
+    kernel: RowKernel, side: R.Rows, call: Scoring, labels: Optional[Tensor], measures: Tensor, top1: Tensor
+) -> None:
+    """One model over one chunk of c tokens: fill ``measures`` [3, c] and ``top1`` [c]."""
+    n, device = top1.numel(), top1.device
+    targets = torch.empty(n, 0, dtype=torch.int64, device=device) if labels is None else labels[:, None]
+
+    def of(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(n, columns, dtype=dtype, device=device)
+
+    job = R.TopkJob(
+        n=n,
+        vocab=call.vocab,
+        side=side,
+        temperatures=torch.full((1,), call.temperature, dtype=torch.float64, device=device),
+        ids=of(1, torch.int32),
+        values=of(1),
+        statistics=of(R.topk_column(0, 1)),
+        targets=targets,
+        target_values=of(targets.shape[1]),
+        target_ranks=of(targets.shape[1], torch.int32),
+        uniforms=of(0),
+        samples=of(0, torch.int32),
+    )
+    kernel(job)
+    statistics = job.statistics
+    log_sum = statistics[:, R.topk_column(R.TOPK_LSE)]
+    measures[ENTROPY] = statistics[:, R.topk_column(R.TOPK_ENTROPY)]
+    log_largest = statistics[:, R.TOPK_MAX] / call.temperature - log_sum
+    measures[CONFIDENCE] = log_largest.exp().clamp(max=1)  # above 1 by a rounding otherwise
+    if labels is not None:
+        measures[NLL] = log_sum - job.target_values[:, 0] / call.temperature
+    top1.copy_(torch.where(log_sum.isnan(), -1, job.ids[:, 0]))
+
+
+def _compare(kernel: RowKernel, student: R.Rows, teacher: R.Rows, vocab: int, divergences: Tensor) -> None:
+    """Two models over one chunk of c tokens: fill ``divergences`` [3, c]."""
+    n = divergences.shape[1]
+    unused = divergences.new_zeros(n)
+    statistics = divergences.new_zeros(n, R.STATISTIC_COLUMNS)
+    terms = divergences.new_zeros(n, R.TERM_COLUMNS)
+    for column, objective in enumerate(DIVERGENCES):
+        job = R.RowJob(
+            objective=objective,
+            n=n,
+            vocab=vocab,
+            student=student,
+            teacher=teacher,
+            parameter0=torch.full_like(unused, _SHARE),
+            parameter1=unused,
+            labels=None,
+            soft_weight=unused,
+            hard_weight=unused,
+            statistics=statistics,
+            terms=terms,
+            entropies=False,
+        )
+        kernel(job, R.TERMS | (R.STATISTICS if column == 0 else 0))
+        divergences[column] = terms[:, R.SOFT]
