@@ -30,6 +30,7 @@ from kd_kernels.objectives import (  # noqa: E402
 )
 from kd_kernels.score import ModelScore, PairScore, Scores, score  # noqa: E402
 from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
+from kd_kernels.topk import Ranks, TopK, linear_rank, linear_topk  # noqa: E402
 from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
@@ -45,11 +46,13 @@ __all__ = [
     "Objective",
     "PairScore",
     "Parts",
+    "Ranks",
     "ReverseKL",
     "Scores",
     "SkewKL",
     "SkewReverseKL",
     "SparseTarget",
+    "TopK",
     "TotalVariation",
     "WeightedKL",
     "__version__",
@@ -57,6 +60,8 @@ __all__ = [
     "distill",
     "last_hidden_state",
     "linear_logprobs",
+    "linear_rank",
+    "linear_topk",
     "next_token_labels",
     "release_workspace",
     "score",

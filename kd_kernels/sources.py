@@ -239,13 +239,14 @@ class SparseTarget:
                 )
 
     @classmethod
-    def from_samples(cls, ids: Tensor, counts: Tensor) -> SparseTarget:
+    def from_samples(cls, ids: Tensor, counts: Tensor, temperature: float = 1.0) -> SparseTarget:
         """Draws with replacement from the teacher: an unbiased estimate of forward KL and its gradient (up to
         the teacher's entropy, a constant).
 
         Args:
             ids: ``[..., N]`` integer, -1 where unused.
             counts: ``[..., N]`` integer: how often each was drawn.
+            temperature: at which they were drawn.
 
         Raises:
             TypeError, ValueError: shapes or dtypes that do not fit, or negative counts (on CPU).
@@ -261,7 +262,7 @@ class SparseTarget:
         if counts.device.type == "cpu" and bool((counts < 0).any()):
             raise ValueError("SparseTarget.from_samples: counts must be >= 0")
         share = counts.to(torch.float64) / counts.sum(-1, keepdim=True)
-        return cls(ids, share.log().to(torch.float32), "unnormalised")
+        return cls(ids, share.log().to(torch.float32), "unnormalised", temperature)
 
     def brought_to(self, temperature: Union[float, Tensor], student: torch.dtype) -> SparseTarget:
         """The target at a number or ``[...]`` of temperatures, detached, in the dtype that the loss of a

@@ -84,7 +84,7 @@ def walk_logprobs(
         shape = (vocab, chunk) if vocabulary_major else (chunk, vocab)
         return sum(footprint(*shape, size) for size in itemsizes)
 
-    budget = problem.workspace_bytes or default_workspace(device)
+    budget = default_workspace(device) if problem.workspace_bytes is None else problem.workspace_bytes
     chunk = chunk_rows(n, vocab, itemsizes, budget, room, granule_of(device))
     logprobs = torch.zeros(selection.ids.shape, dtype=torch.float64, device=device)
     entropies = torch.zeros(n, dtype=torch.float64, device=device)
