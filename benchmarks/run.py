@@ -1,6 +1,6 @@
 """``make bench``: runs the benchmarks, prints their tables, writes the result files.
 
-    python benchmarks/run.py                      # the main table and the row kernels
+    python benchmarks/run.py                      # the main table, the row kernels, sparse teachers
     python benchmarks/run.py --full               # also scaling, and the memory of every objective
     python benchmarks/run.py --quick              # tiny shapes in seconds, nothing written: a smoke test
     python benchmarks/run.py --fill-in-memory     # the peak memory that an earlier run left out
@@ -21,11 +21,12 @@ from typing import Optional
 import bench_head
 import bench_rows
 import bench_scaling
+import bench_sparse
 import report
 from record import RESULTS, Row
-from workloads import HEAD, QUICK
+from workloads import HEAD, QUICK, SPARSE, SPARSE_QUICK
 
-BENCHES = ("head", "rows", "scaling")
+BENCHES = ("head", "rows", "sparse", "scaling")
 
 
 def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -57,7 +58,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         rows = bench_head.fill_in_memory(options.results, options.only)
         show("Peak memory, filled in", report.head_text(rows), rows)
         return 0
-    benches = options.bench or (BENCHES if options.full or options.quick else ("head", "rows"))
+    benches = options.bench or (BENCHES if options.full or options.quick else ("head", "rows", "sparse"))
     results = None if options.quick else options.results
     # A second thread that has to share its core waits at every barrier for milliseconds: quick runs, which
     # go beside other work, take one.
@@ -92,6 +93,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         shape = QUICK if options.quick else bench_rows.ROWS
         rows = bench_rows.run(results, shape=shape, compiling=not options.quick, **common)
         show("Row kernel alone: logits in, loss and gradient out", report.rows_text(rows), rows)
+    if "sparse" in benches:
+        del common["only"]
+        sizes = SPARSE_QUICK if options.quick else SPARSE
+        rows = bench_sparse.run(results, sizes=sizes, compiling=not options.quick, **common)
+        show("Saved teachers: writing one, training from one", report.sparse_text(rows), rows)
+        common["only"] = options.only
     if "scaling" in benches:
         rows = bench_scaling.run(
             results,

@@ -17,6 +17,7 @@ from record import RESULTS, ROOT, Row, read_all
 from report import (
     OURS,
     SCALING_HEADER,
+    SPARSE_HEADER,
     absence,
     best_peer,
     cases,
@@ -26,6 +27,7 @@ from report import (
     ratio,
     scaling_lines,
     seconds,
+    sparse_lines,
     verdicts,
 )
 from workloads import FLOOR
@@ -147,6 +149,15 @@ def rows_markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def sparse_markdown(rows: Sequence[Row]) -> str:
+    return (
+        "Saved teachers. `topk` writes one from existing logits: the K largest, log-sum-exp, entropy, tail "
+        "mass, and the rank and log-probability of a target; its yardstick is one read of the logits. "
+        "`sparse step` is a training step on one from hidden states, forward KL with the tail, forward and "
+        "backward; its yardstick is the student's three products.\n\n" + markdown(SPARSE_HEADER, sparse_lines(rows))
+    )
+
+
 def scaling_markdown(rows: Sequence[Row]) -> str:
     shown = [line for line in scaling_lines(rows) if line[4] in (*OURS, FLOOR)]
     return (
@@ -161,6 +172,7 @@ def readme_section(results: Path = RESULTS) -> str:
         ("head", head_markdown),
         ("head", memory_markdown),
         ("rows", rows_markdown),
+        ("sparse", sparse_markdown),
         ("scaling", scaling_markdown),
     )
     machines = read_all(results)

@@ -92,7 +92,22 @@ class Shape:
         return 2 * self.tokens * self.vocab * (3 * self.d_student + self.d_teacher)
 
 
+@dataclass(frozen=True)
+class SparseSize:
+    """A saved teacher: K of V at each token; ``width`` is the student's hidden size where one trains."""
+
+    tokens: int
+    vocab: int
+    k: int
+    width: int = 0
+
+
 HEAD = Shape(2048, 32000)
+SPARSE = {"topk": SparseSize(64, 262144, 32), "sparse step": SparseSize(2048, 32000, 64, 512)}
+SPARSE_QUICK = {"topk": SparseSize(4, 3000, 8), "sparse step": SparseSize(48, 384, 8, 32)}
+# Promises about these sizes: time over the yardstick, and plain torch's time over ours.
+SPARSE_OVER_FLOOR = {"sparse step": 1.1}
+SPARSE_SPEEDUP = {("topk", "fp32"): 12.0}
 QUICK = Shape(48, 384, 32, 48)
 
 

@@ -1,0 +1,230 @@
+"""Saved teachers: writing one (top-K of existing logits with all that is kept beside it), training from one.
+
+The write side's yardstick is one read of the logits (``amax``): nothing that looks at every logit can go
+below it. The read side's is the student's three products, with outputs allocated beforehand.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from bench_head import spread_row
+from harness import Timed, run_rounds
+from providers import Unavailable, backend, by_name, forget_compiled, need
+from record import Row, Writer, rounded
+from torch import Tensor
+from workloads import DTYPES, SPARSE, SparseSize
+
+YARDSTICK = {"topk": "one read", "sparse step": "three products"}
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+def write_case(
+    size: SparseSize, dtype: torch.dtype, device: str
+) -> tuple[Callable, dict[str, Step], Callable]:
+    """(yardstick, steps, exact results of the first rows)"""
+    generator = torch.Generator(device).manual_seed(0)
+    z = torch.randn(size.tokens, size.vocab, generator=generator, device=device).mul_(3).to(dtype)
+    targets = torch.randint(size.vocab, (size.tokens,), generator=generator, device=device)
+
+    def ours() -> tuple[Tensor, ...]:
+        found = need("kd_kernels").linear_topk(z, size.k, targets=targets)
+        return (
+            found.logits, found.lse, found.entropy, found.log_tail_mass, found.target_logprob,
+            found.target_rank,
+        )  # fmt: skip
+
+    def rest(z: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        wide = z.float()
+        lse = wide.logsumexp(-1)
+        p = (wide - lse[:, None]).exp()
+        entropy = lse - (p * wide).sum(-1)
+        log_tail = p.scatter(1, ids, 0.0).sum(-1).log()
+        at_target = wide.gather(1, targets[:, None])
+        rank = (wide > at_target).sum(-1) + 1
+        return lse, entropy, log_tail, at_target[:, 0] - lse, rank
+
+    def torch_ops() -> tuple[Tensor, ...]:
+        values, ids = z.topk(size.k, -1)
+        return values, *rest(z, ids, targets)
+
+    compiled_rest = functools.cache(lambda: torch.compile(rest, dynamic=False))
+
+    def compiled() -> tuple[Tensor, ...]:
+        values, ids = z.topk(size.k, -1)
+        return values, *compiled_rest()(z, ids, targets)
+
+    def exact() -> tuple[Tensor, ...]:
+        values, ids = z.double().topk(size.k, -1)
+        double = z.double()
+        log_p = double.log_softmax(-1)
+        at_target = double.gather(1, targets[:, None])
+        earlier = torch.arange(size.vocab, device=device) < targets[:, None]
+        rank = ((double > at_target) | ((double == at_target) & earlier)).sum(-1) + 1
+        return (
+            values,
+            double.logsumexp(-1),
+            -(log_p.exp() * log_p).sum(-1),
+            log_p.scatter(1, ids, -torch.inf).logsumexp(-1),
+            log_p.gather(1, targets[:, None])[:, 0],
+            rank.double(),
+        )
+
+    return lambda: z.amax(-1), {"kd": ours, "torch": torch_ops, "torch.compile": compiled}, exact
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+
+def step_case(
+    size: SparseSize, dtype: torch.dtype, device: str
+) -> tuple[Callable, dict[str, Step], Callable]:
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(size.tokens, size.width, generator=generator, device=device).to(dtype)
+    weight = torch.randn(size.vocab, size.width, generator=generator, device=device)
+    weight = (weight * (3 / size.width**0.5)).to(dtype)
+    teacher = torch.randn(size.tokens, size.vocab, generator=generator, device=device) * 3
+    logprobs, ids = teacher.log_softmax(-1).topk(size.k, -1)
+    del teacher
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+
+    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    def ours() -> tuple[Tensor, ...]:
+        kd = need("kd_kernels")
+        target = kd.SparseTarget(ids, logprobs)
+        return gradients(kd.distill(kd.Head(hidden, weight), target, kd.ForwardKL()))
+
+    def loss_of(z: Tensor) -> Tensor:
+        """Forward KL with the tail as one outcome, as trainers write it."""
+        log_q = z.log_softmax(-1).gather(-1, ids)
+        t = logprobs.to(z.dtype).exp()
+        rest_p, rest_q = 1 - t.sum(-1), 1 - log_q.exp().sum(-1)
+        return ((t * (logprobs - log_q)).sum(-1) + torch.xlogy(rest_p, rest_p / rest_q)).mean()
+
+    def plain() -> tuple[Tensor, ...]:
+        return gradients(loss_of((hidden @ weight.t()).float()))
+
+    compiled_loss = functools.cache(lambda: torch.compile(loss_of, dynamic=False))
+
+    def compiled() -> tuple[Tensor, ...]:
+        return gradients(compiled_loss()((hidden @ weight.t()).float()))
+
+    def exact() -> tuple[Tensor, ...]:
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        loss = loss_of(wide[0] @ wide[1].t())
+        return loss.detach(), *torch.autograd.grad(loss, wide)
+
+    logits = torch.empty(size.tokens, size.vocab, dtype=dtype, device=device)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    @torch.no_grad()
+    def floor() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.t(), hidden, out=d_weight)
+
+    return floor, {"kd": ours, "torch": plain, "torch.compile": compiled}, exact
+
+
+CASES = {"topk": write_case, "sparse step": step_case}
+
+
+def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """The largest relative error of all results."""
+    pairs = zip(found, exact)
+    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs)
+
+
+def run_case(
+    name: str,
+    size: SparseSize,
+    dtype: str,
+    *,
+    rounds: int,
+    threads: int,
+    reject: bool,
+    compiling: bool,
+    device: str,
+) -> list[Row]:
+    forget_compiled()
+    yardstick, steps, exact = CASES[name](size, DTYPES[dtype], device)
+    if not compiling:
+        steps = {k: step for k, step in steps.items() if k != "torch.compile"}
+    truth, outcome = exact(), {}
+    for provider, step in steps.items():
+        found: dict[str, Any] = {"status": "ok", "reason": ""}
+        try:
+            error = errors(step(), truth)
+            right = error <= {"fp32": 1e-3, "bf16": 0.2}[dtype]
+            found.update(error={"worst": rounded(error)}, status="ok" if right else "wrong")
+        except Unavailable as reason:
+            found.update(status=reason.status, reason=reason.reason)
+        except Exception as reason:  # a peer may fail in any way; its row says how
+            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
+        if provider == "kd":
+            found["backend"] = backend(by_name("kd"), device)
+        outcome[provider] = found
+    del truth
+
+    floor = Timed(YARDSTICK[name], yardstick)
+    entries = [floor, *(Timed(p, steps[p]) for p in steps if outcome[p]["status"] == "ok")]
+    run_rounds(entries, rounds=rounds, reject=reject, device=device)
+    measured = {timed.name: timed for timed in entries}
+    rows = []
+    for provider in [YARDSTICK[name], *steps]:
+        row: Row = {
+            "bench": "sparse",
+            "case_id": f"sparse/{name}/{dtype}/{size.tokens}x{size.vocab}/{size.k}",
+            "case": {"what": name, "dtype": dtype, "threads": threads, **vars(size)},
+            "provider": provider,
+            **outcome.get(provider, {"status": "ok", "reason": ""}),
+        }
+        timed = measured.get(provider)
+        if timed is not None and timed.failure:
+            row.update(status="failed", reason=timed.failure)
+        elif timed is not None:
+            row["seconds"] = spread_row(timed.spread())
+            row["ratio_floor"] = spread_row(timed.ratio_to(floor))
+            row["rejected"], row["noisy"] = timed.rejected, timed.noisy or floor.noisy
+        rows.append(row)
+    return rows
+
+
+def run(
+    results: Optional[Path],
+    *,
+    sizes: Optional[dict[str, SparseSize]] = None,
+    rounds: int = 7,
+    threads: int = 2,
+    dtypes: Sequence[str] = ("fp32", "bf16"),
+    compiling: bool = True,
+    reject: bool = True,
+    device: str = "cpu",
+) -> list[Row]:
+    torch.set_num_threads(threads)
+    writer = Writer("sparse", results, device)
+    for name, size in (sizes or SPARSE).items():
+        for dtype in dtypes:
+            print(f"  {name} {dtype}", file=sys.stderr, flush=True)
+            for row in run_case(
+                name,
+                size,
+                dtype,
+                rounds=rounds,
+                threads=threads,
+                reject=reject,
+                compiling=compiling,
+                device=device,
+            ):
+                writer.add(row)
+    return writer.rows
