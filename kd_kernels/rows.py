@@ -84,8 +84,8 @@ class RowJob:
     entropies: bool
 
 
-# Columns of a gather's ``statistics`` [n, 4] float64: over the entries that are at none of the row's ids. Where
-# there are none, or all are -inf: -inf, -inf, -inf, 0.
+# Columns of a gather's ``statistics`` [n, 4] float64: over the entries that are at none of the row's ids.
+# Where there are none, or all are -inf: -inf, -inf, -inf, 0.
 OTHERS_MAX, OTHERS_LOGZ, OTHERS_LOGZ_HARD, OTHERS_MEAN = range(4)
 GATHER_COLUMNS = 4
 
@@ -95,8 +95,9 @@ class GatherJob:
     """One call of the gather kernel over ``n`` rows: a few entries by id, and sums over all the others.
 
     STATISTICS fills ``gathered`` and ``statistics``: with z the logit after scale and softcap and
-    ``x = (z - max z) / temperature``, over the others, max z, ``log sum exp(x)``, the same at temperature 1, and
-    the mean of x under ``exp(x)``.
+    ``x = (z - max z) / temperature``, over the others, max z, ``log sum exp(x)``, the same at temperature 1,
+    and the mean of x under ``exp(x)``. A backend listed in ``backends.OVERWRITES`` may leave anything in the
+    logits at the ids, which the gradient phase does not mind.
 
     GRADIENT writes ``side.grad``, the gradient with respect to the raw logit. With
     ``log share = x - OTHERS_LOGZ``, dL/dz of an entry among the others is
