@@ -77,8 +77,8 @@ def _laid_out(z: Tensor, layout: str) -> tuple[Tensor, Tensor | None, int]:
 
 
 def ids_for(n: int, vocab: int, k: int, unused: bool) -> Tensor:
-    """``[n, k]`` int32: ascending, none twice, -1 in front where ``unused`` leaves some; the first row is full
-    and the last empty then."""
+    """``[n, k]`` int32: ascending, none twice, -1 in front where ``unused`` leaves some; then the first row
+    is full and the last empty."""
     k = min(k, vocab)
     ids = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)]) if k else torch.zeros(n, 0)
     if unused and k:

@@ -14,7 +14,7 @@ BACKENDS = backends_of("gather")
 EACH = pytest.mark.parametrize("name", BACKENDS)
 IDS = {"ids": lambda x: str(x).replace("torch.", "")}
 N, VOCAB, K = 4, 611, 9  # three blocks of Triton's, the last one ragged
-# Of sums relative to the row's, and of a stored gradient: a few roundings of the arithmetic, one of the store.
+# Of sums, and of a stored gradient: a few roundings of the arithmetic, one of the store.
 SUM = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}
 STORE = {torch.float64: 1e-13, torch.float32: 8e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -140,8 +140,8 @@ def test_small_vocabularies(name, vocab):
 @EACH
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_banned_entries(name, softcap):
-    """-inf among the ids and among the others, and nothing else among those of row 1; a softcap makes -softcap
-    of it."""
+    """-inf among the ids and among the others, and nothing else among those of row 1; a softcap makes
+    -softcap of it."""
     z, ids = logits(), ids_for(N, VOCAB, K, unused=False)
     z[:, ::3] = -torch.inf
     others = torch.ones(VOCAB, dtype=torch.bool)
