@@ -197,7 +197,7 @@ def gather(job: GatherJob, phases: int) -> None:
         )
 
 
-_TARGETS_AT_A_TIME = 4
+_TARGETS_AT_A_TIME = 2  # each costs a counter a lane
 
 
 def topk_configuration(vocab: int, k: int, temperatures: int, wide: bool) -> tuple[Configuration, int]:
@@ -205,7 +205,33 @@ def topk_configuration(vocab: int, k: int, temperatures: int, wide: bool) -> tup
     block, num_warps = configuration(vocab, wide)
     # Each temperature has sums of its own: with fewer lanes they take the same registers.
     block = max(block // _power_of_two(temperatures), 16)
-    return Configuration(block, num_warps), max(2 * block, 4 * _power_of_two(k))
+    kept = _power_of_two(k)
+    if kept == block:  # a block must leave room beside what is kept, or every newcomer makes a cut
+        block //= 2
+    capacity = 2 * max(block, kept)
+    # Eight candidates a thread (in float64 four): more spill.
+    threads = capacity // (4 if wide else 8)
+    return Configuration(block, min(max(num_warps, threads // 32), 16)), capacity
+
+
+def topk_constants(
+    vocab: int, k: int, temperatures: int, targets: int, draws: int, wide: bool
+) -> tuple[dict, int]:
+    """What a launch of the topk kernel is compiled for, but for its logits; and the number of warps."""
+    language = _kernels().topk.tl
+    (block, num_warps), capacity = topk_configuration(vocab, k, temperatures, wide)
+    constants = {
+        "KEEP": k > 0,
+        "RANKED": targets > 0,
+        "DRAWS": draws > 0,
+        "P": min(_power_of_two(k), max(block // 4, 64)),
+        "MP": _power_of_two(temperatures),
+        "RP": min(_power_of_two(targets), _TARGETS_AT_A_TIME),
+        "CAPACITY": capacity,
+        "BLOCK": block,
+        "F": language.float64 if wide else language.float32,
+    }
+    return constants, num_warps
 
 
 def topk(job: TopkJob) -> None:
@@ -216,11 +242,11 @@ def topk(job: TopkJob) -> None:
     wide = job.side.logits.dtype == torch.float64
     k, draws, targets = job.ids.shape[1], job.uniforms.shape[1], job.targets.shape[1]
     temperatures = job.temperatures.numel()
-    (block, num_warps), capacity = topk_configuration(job.vocab, k, temperatures, wide)
-    blocks = -(-job.vocab // block)
-    device = job.statistics.device
-    candidates = torch.empty(job.n, capacity if k else 0, dtype=torch.int32, device=device)
-    masses = torch.empty(job.n, 2, blocks if draws else 0, dtype=torch.float64, device=device)
+    constants, num_warps = topk_constants(job.vocab, k, temperatures, targets, draws, wide)
+    blocks = -(-job.vocab // constants["BLOCK"])
+    scratch = functools.partial(torch.empty, device=job.statistics.device)
+    candidates = scratch(job.n, constants["CAPACITY"] if k else 0, dtype=torch.int32)
+    masses = scratch(job.n, 2, blocks if draws else 0, dtype=torch.float64)
     with _on(job.statistics):
         module.topk[(job.n,)](
             job.side.logits,
@@ -243,17 +269,9 @@ def topk(job: TopkJob) -> None:
             targets,
             draws,
             job.vocab,
-            KEEP=k > 0,
-            RANKED=targets > 0,
-            DRAWS=draws > 0,
             CAPPED=job.side.softcap != 0,
             ALIGNMENT=_ALIGNMENT if job.side.multiple % _ALIGNMENT == 0 else 1,
-            KP=_power_of_two(k),
-            MP=_power_of_two(temperatures),
-            RP=min(_power_of_two(targets), _TARGETS_AT_A_TIME),
-            CAPACITY=capacity,
-            BLOCK=block,
-            F=module.tl.float64 if wide else module.tl.float32,
+            **constants,
             **options(num_warps),
         )
 

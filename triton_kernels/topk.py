@@ -113,22 +113,33 @@ def store_targets(target_values, target_ranks, first, count, known, z, rank, RP:
 
 @triton.jit
 def store_largest(
-    ids, values, buffer, start, count, k, scale, cap, CAPPED: tl.constexpr, KP: tl.constexpr, F: tl.constexpr
+    ids,
+    values,
+    buffer,
+    start,
+    count,
+    k,
+    scale,
+    cap,
+    CAPPED: tl.constexpr,
+    P: tl.constexpr,
+    F: tl.constexpr,
 ):
-    """The ``count`` <= k candidates in their order, -1 and -inf behind them."""
+    """The ``count`` <= k candidates in their order, -1 and -inf behind them; P at a time."""
     CHUNK: tl.constexpr = 16
-    slots = tl.arange(0, KP)
-    candidate = tl.load(buffer + slots, mask=slots < count, other=-1)
-    z = load_at(start, candidate, slots < count, scale, cap, CAPPED, F)
-    place = tl.zeros([KP], tl.int32)
-    for j in range(0, count, CHUNK):
-        listed = j + tl.arange(0, CHUNK)
-        other = tl.load(buffer + listed, mask=listed < count, other=0)
-        other_z = load_at(start, other, listed < count, scale, cap, CAPPED, F)
-        place += tl.sum(ahead(other_z, other, z, candidate), 1)
-    place = tl.where(slots < count, place, slots)
-    tl.store(ids + place, candidate, mask=slots < k)
-    tl.store(values + place, z.to(tl.float64), mask=slots < k)
+    for i in range(0, k, P):
+        slots = i + tl.arange(0, P)
+        candidate = tl.load(buffer + slots, mask=slots < count, other=-1)
+        z = load_at(start, candidate, slots < count, scale, cap, CAPPED, F)
+        place = tl.zeros([P], tl.int32)
+        for j in range(0, count, CHUNK):
+            listed = j + tl.arange(0, CHUNK)
+            other = tl.load(buffer + listed, mask=listed < count, other=0)
+            other_z = load_at(start, other, listed < count, scale, cap, CAPPED, F)
+            place += tl.sum(ahead(other_z, other, z, candidate), 1)
+        place = tl.where(slots < count, place, slots)
+        tl.store(ids + place, candidate, mask=slots < k)
+        tl.store(values + place, z.to(tl.float64), mask=slots < k)
 
 
 @triton.jit
@@ -204,10 +215,10 @@ def topk(
     DRAWS: tl.constexpr,
     CAPPED: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # divides every offset
-    KP: tl.constexpr,  # powers of two that k, the temperatures ...
-    MP: tl.constexpr,
+    P: tl.constexpr,  # how many of the k largest are put in order at a time
+    MP: tl.constexpr,  # a power of two that the number of temperatures does not exceed
     RP: tl.constexpr,  # targets at a time: the first ones in the walk, more in walks of their own
-    CAPACITY: tl.constexpr,  # of the candidates' buffer: at least KP + BLOCK
+    CAPACITY: tl.constexpr,  # of the candidates' buffer: with room for a block beside k
     BLOCK: tl.constexpr,
     F: tl.constexpr,  # arithmetic: float32 or float64
 ):
@@ -285,7 +296,7 @@ def topk(
             candidate = tl.load(buffer + j + lanes, mask=j + lanes < count, other=0)
             z = load_at(start, candidate, j + lanes < count, scale, cap, CAPPED, F)
             mass, weighted, top = add(mass, weighted, top, z, inverse)
-        store_largest(ids + row * k, values + row * k, buffer, start, count, k, scale, cap, CAPPED, KP, F)
+        store_largest(ids + row * k, values + row * k, buffer, start, count, k, scale, cap, CAPPED, P, F)
     row_top = tl.max(top, 0)
     whole = row_sum(mass, top[None, :], row_top, inverse[:, None])
     whole = tl.where(whole == 0.0, float("nan"), whole)  # a row without a finite logit
