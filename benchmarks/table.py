@@ -154,7 +154,8 @@ def sparse_markdown(rows: Sequence[Row]) -> str:
         "Saved teachers. `topk` writes one from existing logits: the K largest, log-sum-exp, entropy, tail "
         "mass, and the rank and log-probability of a target; its yardstick is one read of the logits. "
         "`sparse step` is a training step on one from hidden states, forward KL with the tail, forward and "
-        "backward; its yardstick is the student's three products.\n\n" + markdown(SPARSE_HEADER, sparse_lines(rows))
+        "backward; its yardstick is the student's three products.\n\n"
+        + markdown(SPARSE_HEADER, sparse_lines(rows))
     )
 
 

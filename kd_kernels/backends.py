@@ -48,23 +48,22 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
     },
     "gather": {
         "cpu": (native.gather, _cpu_objections),
-        "triton": (None, _not_built),
+        "triton": (triton_runtime.gather, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_gather, lambda device: []),
     },
     "topk": {
         "cpu": (native.topk, _cpu_objections),
-        "triton": (None, _not_built),
+        "triton": (triton_runtime.topk, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_topk, lambda device: []),
     },
 }
 
-# Backends whose gather kernel overwrites the logits at the ids: they must be scratch memory.
-OVERWRITES = frozenset({"triton"})
-
 # Backends that take the vocabulary-major layout too; the others read rows along the vocabulary.
 VOCABULARY_MAJOR = frozenset({"cpu", "reference"})
+# Backends whose gather overwrites the logits at the ids: a driver gives it memory of its own.
+OVERWRITES = frozenset({"triton"})
 
 
 @functools.cache

@@ -96,7 +96,8 @@ class GatherJob:
 
     STATISTICS fills ``gathered`` and ``statistics``: with z the logit after scale and softcap and
     ``x = (z - max z) / temperature``, over the others, max z, ``log sum exp(x)``, the same at temperature 1,
-    and the mean of x under ``exp(x)``.
+    and the mean of x under ``exp(x)``. A backend listed in ``backends.OVERWRITES`` may leave anything in the
+    logits at the ids, which the gradient phase does not mind.
 
     GRADIENT writes ``side.grad``, the gradient with respect to the raw logit. With
     ``log share = x - OTHERS_LOGZ``, dL/dz of an entry among the others is

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, RowJob, Rows
+from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, GatherJob, RowJob, Rows, TopkJob
 
 _ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
 
@@ -59,10 +59,17 @@ def interpreted() -> bool:
 @functools.cache
 def _load() -> tuple[Optional[ModuleType], Optional[str]]:
     try:
-        from kd_kernels.triton_kernels import row_divergence
+        from kd_kernels import triton_kernels
+        from kd_kernels.triton_kernels import gather, row_divergence, topk  # noqa: F401
     except ImportError as error:
         return None, f"Triton cannot be loaded ({error}); `pip install triton`"
-    return row_divergence, None
+    return triton_kernels, None
+
+
+def _kernels() -> ModuleType:
+    package = _load()[0]
+    assert package is not None
+    return package
 
 
 def why_not(device: torch.device) -> list[str]:
@@ -71,11 +78,12 @@ def why_not(device: torch.device) -> list[str]:
         return ["serves GPU tensors, got cpu (TRITON_INTERPRET=1 interprets it there, slowly)"]
     if device.type not in ("cpu", "cuda"):
         return [f"serves CUDA and ROCm tensors, got {device}"]
-    module, reason = _load()
-    if module is None:
+    package, reason = _load()
+    if package is None:
         return [str(reason)]
     # Triton reads the variable when a kernel is defined.
-    if device.type == "cpu" and not type(module.row_divergence).__name__.startswith("Interpreted"):
+    kernel = package.row_divergence.row_divergence
+    if device.type == "cpu" and not type(kernel).__name__.startswith("Interpreted"):
         return ["TRITON_INTERPRET was set after the kernels had been loaded; set it before"]
     return []
 
@@ -109,8 +117,7 @@ def row_divergence(job: RowJob, phases: int) -> None:
     """:func:`kd_kernels.reference.row_divergence` in Triton, one program a row; row-major only."""
     if job.n == 0:
         return
-    module = _load()[0]
-    assert module is not None
+    module = _kernels().row_divergence
     objectives = module.objectives
     wide = torch.float64 in (job.student.logits.dtype, job.teacher.logits.dtype)
     block, num_warps = configuration(job.vocab, wide)
@@ -151,6 +158,127 @@ def row_divergence(job: RowJob, phases: int) -> None:
             F=module.tl.float64 if wide else module.tl.float32,
             **options(num_warps),
         )
+
+
+def gather(job: GatherJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.gather` in Triton, one program a row; row-major only.
+
+    STATISTICS overwrites the logits at the ids.
+    """
+    if job.n == 0:
+        return
+    module = _kernels().gather
+    wide = job.side.logits.dtype == torch.float64
+    block, num_warps = configuration(job.vocab, wide)
+    unused = job.statistics  # an address for what no phase of this call reads
+    with _on(job.statistics):
+        module.gather[(job.n,)](
+            *_side(job.side),
+            job.ids,
+            job.gathered,
+            job.statistics,
+            unused if job.soft is None else job.soft,
+            unused if job.slope is None else job.slope,
+            unused if job.hard_weight is None else job.hard_weight,
+            unused if job.at_ids is None else job.at_ids,
+            job.ids.shape[1],
+            job.vocab,
+            STATISTICS=bool(phases & STATISTICS),
+            GRADIENT=bool(phases & GRADIENT),
+            HARD=job.hard,
+            MEANS=job.means,
+            SLOPE=job.slope is not None,
+            CAPPED=job.side.softcap != 0,
+            ALIGNMENT=_ALIGNMENT if _aligned(job.side) else 1,
+            KP=_power_of_two(job.ids.shape[1]),
+            BLOCK=block,
+            F=module.tl.float64 if wide else module.tl.float32,
+            **options(num_warps),
+        )
+
+
+_TARGETS_AT_A_TIME = 2  # each costs a counter a lane
+
+
+def topk_configuration(vocab: int, k: int, temperatures: int, wide: bool) -> tuple[Configuration, int]:
+    """How the topk kernel walks a row, and how many candidates its buffer holds."""
+    block, num_warps = configuration(vocab, wide)
+    # Each temperature has sums of its own: with fewer lanes they take the same registers.
+    block = max(block // _power_of_two(temperatures), 16)
+    kept = _power_of_two(k)
+    if kept == block:  # a block must leave room beside what is kept, or every newcomer makes a cut
+        block //= 2
+    capacity = 2 * max(block, kept)
+    # Eight candidates a thread (in float64 four): more spill.
+    threads = capacity // (4 if wide else 8)
+    return Configuration(block, min(max(num_warps, threads // 32), 16)), capacity
+
+
+def topk_constants(
+    vocab: int, k: int, temperatures: int, targets: int, draws: int, wide: bool
+) -> tuple[dict, int]:
+    """What a launch of the topk kernel is compiled for, but for its logits; and the number of warps."""
+    language = _kernels().topk.tl
+    (block, num_warps), capacity = topk_configuration(vocab, k, temperatures, wide)
+    constants = {
+        "KEEP": k > 0,
+        "RANKED": targets > 0,
+        "DRAWS": draws > 0,
+        "P": min(_power_of_two(k), max(block // 4, 64)),
+        "MP": _power_of_two(temperatures),
+        "RP": min(_power_of_two(targets), _TARGETS_AT_A_TIME),
+        "CAPACITY": capacity,
+        "BLOCK": block,
+        "F": language.float64 if wide else language.float32,
+    }
+    return constants, num_warps
+
+
+def topk(job: TopkJob) -> None:
+    """:func:`kd_kernels.reference.topk` in Triton, one program a row; row-major only."""
+    if job.n == 0:
+        return
+    module = _kernels().topk
+    wide = job.side.logits.dtype == torch.float64
+    k, draws, targets = job.ids.shape[1], job.uniforms.shape[1], job.targets.shape[1]
+    temperatures = job.temperatures.numel()
+    constants, num_warps = topk_constants(job.vocab, k, temperatures, targets, draws, wide)
+    blocks = -(-job.vocab // constants["BLOCK"])
+    scratch = functools.partial(torch.empty, device=job.statistics.device)
+    candidates = scratch(job.n, constants["CAPACITY"] if k else 0, dtype=torch.int32)
+    masses = scratch(job.n, 2, blocks if draws else 0, dtype=torch.float64)
+    with _on(job.statistics):
+        module.topk[(job.n,)](
+            job.side.logits,
+            job.side.offsets,
+            *_split(job.side.scale),
+            *_split(job.side.softcap),
+            job.temperatures,
+            job.ids,
+            job.values,
+            job.statistics,
+            job.targets,
+            job.target_values,
+            job.target_ranks,
+            job.uniforms,
+            job.samples,
+            candidates,
+            masses,
+            k,
+            temperatures,
+            targets,
+            draws,
+            job.vocab,
+            CAPPED=job.side.softcap != 0,
+            ALIGNMENT=_ALIGNMENT if job.side.multiple % _ALIGNMENT == 0 else 1,
+            **constants,
+            **options(num_warps),
+        )
+
+
+def _power_of_two(least: int) -> int:
+    """The smallest power of two that is not below ``least``: one compilation serves all numbers between."""
+    return 1 << max(least - 1, 0).bit_length()
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -41,7 +41,8 @@ def _poisoned_memory():
 def _patch_each_module_once():
     """Triton's interpreter patches its whole language again at every call of a device function, which takes
     most of its time. While a kernel runs, once for each module is enough."""
-    from kd_kernels.triton_kernels import row_divergence  # noqa: F401  (now, as some tests change the variable)
+    # now, as some tests change the variable
+    from kd_kernels.triton_kernels import gather, row_divergence, topk  # noqa: F401
     from triton.runtime import interpreter
 
     patch = getattr(interpreter, "_patch_lang", None)

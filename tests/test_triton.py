@@ -77,7 +77,7 @@ class _Recorder:
 def test_no_recompilation_per_value(monkeypatch):
     """Vocabulary, temperature, beta, weights, softcap and token counts are run-time arguments."""
     recorder = _Recorder()
-    monkeypatch.setattr(runtime._load()[0], "row_divergence", recorder)
+    monkeypatch.setattr(runtime._load()[0].row_divergence, "row_divergence", recorder)
     monkeypatch.setattr(runtime, "why_not", lambda device: [])
     monkeypatch.setitem(TABLE["row_divergence"], "triton", (runtime.row_divergence, runtime.why_not))
 

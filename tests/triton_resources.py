@@ -14,10 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
+from kd_kernels.triton_kernels import gather, topk
 from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,6 +33,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+KERNELS = (*CATALOGUE, "gather", "topk")
+SIZES = {"small": 1000, "large": 128256}
+IDS = (16, 64, 1024)  # what the kernels that take K ids are compiled for
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 TABLE = Path(__file__).with_suffix(".json")
 
@@ -59,24 +64,61 @@ def source(objective: str, dtype: str, vocab: int, everything: bool) -> tuple[AS
         "BLOCK": block,
         "F": kernels.tl.float64 if wide else kernels.tl.float32,
     }
+    return _ast(kernels.row_divergence, constants, dtype), num_warps
+
+
+def gather_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[ASTSource, int]:
+    """The gather kernel for K ids: the gradient of a training step, or ``everything`` at once."""
+    wide = dtype == "float64"
+    block, num_warps = triton_runtime.configuration(vocab, wide)
+    constants = {
+        "STATISTICS": everything,
+        "GRADIENT": True,
+        "HARD": everything,
+        "MEANS": everything,
+        "SLOPE": everything,
+        "CAPPED": everything,
+        "ALIGNMENT": 8,
+        "KP": k,
+        "BLOCK": block,
+        "F": kernels.tl.float64 if wide else kernels.tl.float32,
+    }
+    return _ast(gather.gather, constants, dtype), num_warps
+
+
+def topk_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[ASTSource, int]:
+    """The topk kernel for K entries: for a teacher's cache, or ``everything`` it can do at once."""
+    wide = dtype == "float64"
+    constants, num_warps = triton_runtime.topk_constants(
+        vocab, k, 3 if everything and k == IDS[0] else 1, 8 if everything else 1, 50 * everything, wide
+    )
+    constants |= {"CAPPED": everything, "ALIGNMENT": 8}
+    return _ast(topk.topk, constants, dtype), num_warps
+
+
+def _ast(kernel, constants: dict, dtype: str) -> ASTSource:
     logits, grad = f"*{DTYPES[dtype]}", f"*{'bf16' if dtype == 'float32' else DTYPES[dtype]}"
     signature = {}
-    for name in kernels.row_divergence.arg_names:
+    for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("student", "teacher"):
+        elif name in ("student", "teacher", "logits"):
             signature[name] = logits
-        elif name in ("student_grad", "teacher_grad"):
+        elif name in ("student_grad", "teacher_grad", "grad"):
             signature[name] = grad
-        elif name.endswith("offsets") or name == "labels":
+        elif name.endswith("offsets") or name in ("labels", "targets"):
             signature[name] = "*i64"
+        elif name in ("ids", "samples", "candidates", "target_ranks"):
+            signature[name] = "*i32"
         elif re.search("scale|softcap", name):
             signature[name] = "fp32"
+        elif name in ("vocab", "k", "draws") or name.endswith("_count"):
+            signature[name] = "i32"
         else:
-            signature[name] = "i32" if name == "vocab" else "*fp64"
-    divisible = [[i] for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"]
+            signature[name] = "*fp64"
+    divisible = [[i] for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "vocab"]
     attributes = {tuple(index): [["tt.divisibility", 16]] for index in divisible}
-    return ASTSource(kernels.row_divergence, signature, constants, attributes), num_warps
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def resources(compiled, target: GPUTarget) -> dict:
@@ -98,24 +140,34 @@ def resources(compiled, target: GPUTarget) -> dict:
     return {**found, "registers": int(usage["REG"]), "spills": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
-def compile_all(name: str, objectives: tuple[str, ...] = tuple(CATALOGUE)) -> dict[str, dict]:
+def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
+    """(label, source, warps) of every configuration of a kernel, or of the row kernel for an objective."""
+    for dtype in DTYPES:
+        for size, vocab in SIZES.items():
+            for everything in (False, True):
+                what = "everything" if everything else "step"
+                if kernel in CATALOGUE:
+                    yield f"{kernel} {dtype} {size} {what}", *source(kernel, dtype, vocab, everything)
+                    continue
+                make = gather_source if kernel == "gather" else topk_source
+                for k in IDS:
+                    if (k, size) != (1024, "small"):
+                        yield f"{kernel} {k} {dtype} {size} {what}", *make(k, dtype, vocab, everything)
+
+
+def compile_all(name: str, kernels: tuple[str, ...] = KERNELS) -> dict[str, dict]:
     target, table = TARGETS[name], {}
-    for objective in objectives:
-        for dtype in DTYPES:
-            for size, vocab in (("small", 1000), ("large", 128256)):
-                for everything in (False, True):
-                    ast, num_warps = source(objective, dtype, vocab, everything)
-                    options = triton_runtime.options(num_warps, target.backend == "hip")
-                    compiled = triton.compile(ast, target=target, options=options)
-                    label = f"{objective} {dtype} {size} {'everything' if everything else 'step'}"
-                    table[label] = resources(compiled, target)
+    for kernel in kernels:
+        for label, ast, num_warps in sources(kernel):
+            options = triton_runtime.options(num_warps, target.backend == "hip")
+            table[label] = resources(triton.compile(ast, target=target, options=options), target)
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", nargs="?", choices=TARGETS)
-    parser.add_argument("--objective", action="append", choices=list(CATALOGUE))
+    parser.add_argument("--kernel", action="append", choices=KERNELS)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     if options.write:
@@ -130,7 +182,7 @@ def main() -> None:
         version = f'  "triton": "{triton.__version__}"'
         TABLE.write_text("{\n" + ",\n".join([version, *lines]) + "\n}\n")
     else:
-        json.dump(compile_all(options.target, tuple(options.objective or CATALOGUE)), sys.stdout)
+        json.dump(compile_all(options.target, tuple(options.kernel or KERNELS)), sys.stdout)
 
 
 if __name__ == "__main__":

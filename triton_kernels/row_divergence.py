@@ -4,64 +4,27 @@
 up to three times: statistics, terms, gradient. The last two are one where the parts sum to zero by
 themselves. Each walk goes the opposite way of the one before, so that it begins with what the cache holds.
 
-Partial sums stay in the block's lanes until the row ends: a lane adds up ``vocab / BLOCK`` numbers, the
-lanes are then added in float64. Nothing crosses lanes inside a walk.
+Nothing crosses lanes inside a walk, see rows.py.
 """
 
 import triton
 import triton.language as tl
 
 from . import objectives  # noqa: F401  (the launcher reads its tables)
-from .elementary import tanh
 from .objectives import evaluate
+from .rows import (
+    add_exp,
+    load_block,
+    log_sum,
+    lowest,
+    number,
+    row_start,
+    shaped,
+    store_gradient,
+    total,
+)
 
 STATISTIC_COLUMNS, TERM_COLUMNS = tl.constexpr(10), tl.constexpr(4)
-
-
-@triton.jit
-def number(high, low, F: tl.constexpr):
-    """A float64 of the host: Triton takes Python's floats as float32, so the rest of it comes beside it."""
-    return tl.full([], high, F) + tl.full([], low, F)
-
-
-@triton.jit
-def row_start(base, offsets, row, ALIGNMENT: tl.constexpr):
-    """Where a row starts. Without the hint, loads would be one number wide."""
-    return base + tl.multiple_of(tl.load(offsets + row), ALIGNMENT)
-
-
-@triton.jit
-def shaped(x, scale, softcap, CAPPED: tl.constexpr):
-    """``scale x``, or ``softcap tanh(scale x / softcap)``"""
-    if CAPPED:
-        return softcap * tanh(x * (scale / softcap))
-    else:
-        return x * scale
-
-
-@triton.jit
-def load_block(start, columns, inside, scale, softcap, CAPPED: tl.constexpr, F: tl.constexpr):
-    """A block of logits after scale and softcap; ``-inf`` past the end of the row."""
-    x = tl.load(start + columns, mask=inside, other=0.0).to(F)
-    return tl.where(inside, shaped(x, scale, softcap, CAPPED), -float("inf"))
-
-
-@triton.jit
-def add_exp(total, top, z, inverse_temperature):
-    """Lane sums of ``exp((z - top) / temperature)`` with one more block, by one exponential: it rescales
-    either the sum or the newcomer. ``top`` is finite from the start, so that ``-inf`` adds 0."""
-    step = z - top
-    decay = tl.exp(-tl.abs(step) * inverse_temperature)
-    return tl.where(step > 0.0, tl.fma(total, decay, 1.0), total + decay)  # NaN stays in the sum
-
-
-@triton.jit
-def log_sum(total, top, row_top, inverse_temperature):
-    """log of a row's sum of exponentials relative to its largest logit; float64. A sum of 0 is a row
-    without a finite logit, which has no distribution."""
-    share = tl.exp((top - row_top) * inverse_temperature)
-    s = tl.sum(total.to(tl.float64) * share.to(tl.float64), 0)
-    return tl.where(s == 0.0, float("nan"), tl.log(s))
 
 
 @triton.jit
@@ -71,11 +34,6 @@ def log_pair(z_s, z_t, top_s, top_t, inverse_s, inverse_t, logz_s, logz_t, logz_
     log_q, log_p = u_s - logz_s, u_t - logz_t
     absent = (log_p == -float("inf")) & (log_q == -float("inf"))
     return log_p, log_q, tl.where(absent, 0.0, (u_s - u_t) - logz_difference)
-
-
-@triton.jit
-def total(lanes):
-    return tl.sum(lanes.to(tl.float64), 0)
 
 
 @triton.jit
@@ -95,16 +53,6 @@ def hard_gradient(z, columns, label, top, logz, coefficient):
     probability = tl.exp((z - top) - logz)
     rest = tl.where(columns == label, probability - 1.0, probability)
     return tl.where(coefficient == 0.0, 0.0, coefficient * rest)
-
-
-@triton.jit
-def store_gradient(start, columns, inside, gradient, z, softcap, CAPPED: tl.constexpr):
-    if CAPPED:  # the softcap's derivative 1 - (z / softcap)^2; a 0 stays 0 whatever z is
-        y = z / softcap
-        gradient = tl.where(gradient == 0.0, 0.0, gradient * (1.0 - y) * (1.0 + y))
-    if start.dtype.element_ty == tl.bfloat16:
-        gradient = gradient.to(tl.float32)  # the interpreter makes 0 of a float64 cast to bfloat16
-    tl.store(start + columns, gradient.to(start.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -174,8 +122,8 @@ def row_divergence(
     stats = statistics + row * STATISTIC_COLUMNS
 
     if STATISTICS:
-        lowest: tl.constexpr = -1.7976931348623157e308 if F == tl.float64 else -3.4028234663852886e38
-        top_s, top_t = tl.full([BLOCK], lowest, F), tl.full([BLOCK], lowest, F)
+        floor = lowest(F)
+        top_s, top_t = tl.full([BLOCK], floor, F), tl.full([BLOCK], floor, F)
         sum_s, sum_t = tl.zeros([BLOCK], F), tl.zeros([BLOCK], F)
         sum_hard = tl.zeros([BLOCK], F)
         for i in range(blocks):
@@ -192,8 +140,8 @@ def row_divergence(
         logz_t = log_sum(sum_t, top_t, row_top_t, inverse_t)
         logz_hard = log_sum(sum_hard, top_s, row_top_s, 1.0) if LABELS else logz_s
         # Without a finite logit the sum is 0 and its logarithm NaN; the lowest finite number is a logit.
-        max_s = tl.where((row_top_s <= lowest) & (logz_s != logz_s), -float("inf"), row_top_s)
-        max_t = tl.where((row_top_t <= lowest) & (logz_t != logz_t), -float("inf"), row_top_t)
+        max_s = tl.where((row_top_s <= floor) & (logz_s != logz_s), -float("inf"), row_top_s)
+        max_t = tl.where((row_top_t <= floor) & (logz_t != logz_t), -float("inf"), row_top_t)
         tl.store(stats + 0, max_s.to(tl.float64))
         tl.store(stats + 1, logz_s)
         tl.store(stats + 2, max_t.to(tl.float64))

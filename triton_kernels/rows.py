@@ -1,0 +1,111 @@
+"""What the kernels that walk rows of logits share: where a row starts, its logits, sums along it, gradients.
+
+Partial sums stay in a block's lanes until the row ends: a lane adds up ``vocab / BLOCK`` numbers, the lanes
+are then added in float64.
+"""
+
+import triton
+import triton.language as tl
+
+from .elementary import tanh
+
+
+@triton.jit
+def number(high, low, F: tl.constexpr):
+    """A float64 of the host: Triton takes Python's floats as float32, so the rest of it comes beside it."""
+    return tl.full([], high, F) + tl.full([], low, F)
+
+
+@triton.jit
+def lowest(F: tl.constexpr):
+    """The lowest finite number, from which maxima start: differences to it are never NaN."""
+    value: tl.constexpr = -1.7976931348623157e308 if F == tl.float64 else -3.4028234663852886e38
+    return tl.full([], value, F)
+
+
+@triton.jit
+def row_start(base, offsets, row, ALIGNMENT: tl.constexpr):
+    """Where a row starts. Without the hint, loads would be one number wide."""
+    return base + tl.multiple_of(tl.load(offsets + row), ALIGNMENT)
+
+
+@triton.jit
+def shaped(x, scale, softcap, CAPPED: tl.constexpr):
+    """``scale x``, or ``softcap tanh(scale x / softcap)``"""
+    if CAPPED:
+        return softcap * tanh(x * (scale / softcap))
+    else:
+        return x * scale
+
+
+@triton.jit
+def load_block(start, columns, inside, scale, softcap, CAPPED: tl.constexpr, F: tl.constexpr):
+    """A block of logits after scale and softcap; ``-inf`` past the end of the row."""
+    x = tl.load(start + columns, mask=inside, other=0.0).to(F)
+    return tl.where(inside, shaped(x, scale, softcap, CAPPED), -float("inf"))
+
+
+@triton.jit
+def add_exp(total, top, z, inverse_temperature):
+    """Lane sums of ``exp((z - top) / temperature)`` with one more block, by one exponential: it rescales
+    either the sum or the newcomer. ``top`` is finite from the start, so that ``-inf`` adds 0."""
+    step = z - top
+    decay = tl.exp(-tl.abs(step) * inverse_temperature)
+    return tl.where(step > 0.0, tl.fma(total, decay, 1.0), total + decay)  # NaN stays in the sum
+
+
+@triton.jit
+def add_exp_and_mean(total, weighted, top, z, inverse_temperature):
+    """:func:`add_exp`, and beside it lane sums of ``x exp(x)``, ``x = (z - top) / temperature``.
+
+    All of these are <= 0, also what a new maximum moves the old ones by: nothing cancels.
+    """
+    step = (z - top) * inverse_temperature
+    distance = -tl.abs(step)
+    decay = tl.exp(distance)
+    moved = tl.where(decay == 0.0, 0.0, decay * tl.fma(total, distance, weighted))
+    joined = weighted + tl.where(decay == 0.0, 0.0, decay * distance)
+    return (
+        tl.where(step > 0.0, tl.fma(total, decay, 1.0), total + decay),
+        tl.where(step > 0.0, moved, joined),
+    )
+
+
+@triton.jit
+def row_sum(total, top, row_top, inverse_temperature):
+    """A row's sum of exponentials relative to its largest logit, from the lanes' sums along the last
+    dimension; float64."""
+    share = tl.exp((top - row_top) * inverse_temperature)
+    return tl.sum(total.to(tl.float64) * share.to(tl.float64), len(total.shape) - 1)
+
+
+@triton.jit
+def log_sum(total, top, row_top, inverse_temperature):
+    """log of a row's sum of exponentials relative to its largest logit; float64. A sum of 0 is a row
+    without a finite logit, which has no distribution."""
+    s = row_sum(total, top, row_top, inverse_temperature)
+    return tl.where(s == 0.0, float("nan"), tl.log(s))
+
+
+@triton.jit
+def row_mean_sum(total, weighted, top, row_top, inverse_temperature):
+    """A row's sum of ``x exp(x)`` relative to its largest logit, from :func:`add_exp_and_mean`; float64."""
+    distance = (top - row_top) * inverse_temperature
+    share = tl.exp(distance).to(tl.float64)
+    moved = weighted.to(tl.float64) + total.to(tl.float64) * distance.to(tl.float64)
+    return tl.sum(tl.where(share == 0.0, 0.0, share * moved), len(total.shape) - 1)
+
+
+@triton.jit
+def total(lanes):
+    return tl.sum(lanes.to(tl.float64), 0)
+
+
+@triton.jit
+def store_gradient(start, columns, inside, gradient, z, softcap, CAPPED: tl.constexpr):
+    if CAPPED:  # the softcap's derivative 1 - (z / softcap)^2; a 0 stays 0 whatever z is
+        y = z / softcap
+        gradient = tl.where(gradient == 0.0, 0.0, gradient * (1.0 - y) * (1.0 + y))
+    if start.dtype.element_ty == tl.bfloat16:
+        gradient = gradient.to(tl.float32)  # the interpreter makes 0 of a float64 cast to bfloat16
+    tl.store(start + columns, gradient.to(start.dtype.element_ty), mask=inside)
