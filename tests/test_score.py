@@ -14,8 +14,8 @@ from kd_kernels.backends import TABLE
 from kd_kernels.drivers import scoring
 from kd_kernels.reference.dense import divergence, logits_of
 
-# The ``backend`` fixture runs over these: a named backend must serve both kernels. Triton: one more name.
-BACKENDS = [name for name in ("cpu", "reference") if TABLE["topk"][name][0] is not None]
+# The ``backend`` fixture runs over these: a named backend must serve both kernels.
+BACKENDS = [name for name in ("cpu", "reference", "triton") if TABLE["topk"][name][0] is not None]
 IDS = {"ids": lambda x: str(x).replace("torch.", "")}
 # |x - x64| / |x64|. Logits are float32 whatever the inputs, and the inputs' own rounding is in x64 too.
 BAR = {dtype: 1e-12 if dtype == torch.float64 else 1e-5 for dtype in DTYPES}
