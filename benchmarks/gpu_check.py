@@ -25,8 +25,11 @@ import bench_head  # noqa: E402
 import bench_rows  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
+from harness import Timed, run_rounds  # noqa: E402
 from record import Row, git_state, versions  # noqa: E402
 from workloads import Shape  # noqa: E402
+
+import kd_kernels as kd  # noqa: E402
 
 # Most telling first: what the time does not reach is left out.
 HEAD_CASES = [
@@ -38,6 +41,7 @@ HEAD_CASES = [
     (Shape(32768, 128256, 2048, 4096), ("forward_kl",)),
 ]
 ROW_CASES = [Shape(4096, vocab) for vocab in (128256, 32000, 151936, 262144)]
+TOPK_SHAPE, TOPK_K = Shape(8192, 151936, 4096, 4096), 64
 PER_CASE = 25.0  # seconds that a case may take: none is begun with less left
 
 
@@ -106,6 +110,38 @@ def measurements(out: Path, device: str) -> Iterator[tuple[str, Callable[[], lis
         yield f"rows {shape.label}", rows_case(shape, ("forward_kl",))
 
 
+def topk_times(rounds: int = 20) -> dict[str, object]:
+    """Median milliseconds of a teacher cache's write side and of a training step on it, of the bare products
+    that each needs, and of ``torch.topk`` on the same logits."""
+    tokens, vocab, width = TOPK_SHAPE.tokens, TOPK_SHAPE.vocab, TOPK_SHAPE.d_teacher
+    hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16) / width**0.5
+    head = kd.Head(hidden, weight)
+    top = kd.linear_topk(head, TOPK_K)
+    target = kd.SparseTarget(top.ids, logprobs=top.logits - top.lse.reshape(-1, 1), missing="tail")
+    student = kd.Head(torch.randn_like(hidden).requires_grad_(), weight.clone().requires_grad_())
+    logits = hidden @ weight.t()
+
+    def three_products() -> None:
+        projected = hidden @ weight.t()
+        projected @ weight
+        projected.t() @ hidden
+
+    timed = [
+        Timed("product", lambda: torch.mm(hidden, weight.t(), out=logits)),
+        Timed("linear_topk", lambda: kd.linear_topk(head, TOPK_K)),
+        Timed("torch.topk of the logits", lambda: logits.topk(TOPK_K)),
+        Timed("three products", three_products),
+        Timed("sparse step", lambda: kd.distill(student, target, kd.ForwardKL()).backward()),
+    ]
+    run_rounds(timed, rounds=rounds, device="cuda", reject=False)
+    times: dict[str, object] = {}
+    for provider in timed:
+        spread = provider.spread()
+        times[provider.name] = round(1e3 * spread.median, 3) if spread else provider.failure
+    return times
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,6 +179,10 @@ def main() -> int:
             left_out.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0][:300])
             continue
         (head if what.startswith("head") else rows).extend(found)
+    try:
+        summary["topk ms"] = topk_times() if clock.left > PER_CASE else "no time left"
+    except Exception as error:
+        left_out.append(f"topk: {type(error).__name__}: {error}".splitlines()[0][:300])
     summary["left out"], summary["clocks after"] = left_out, clocks()
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if head:

@@ -198,6 +198,7 @@ def gather(job: GatherJob, phases: int) -> None:
 
 
 _TARGETS_AT_A_TIME = 2  # each costs a counter a lane
+_MOST_ENTRIES = 1024  # beyond it the buffer of candidates no longer fits in one program's registers
 
 
 def topk_configuration(vocab: int, k: int, temperatures: int, wide: bool) -> tuple[Configuration, int]:
@@ -235,7 +236,16 @@ def topk_constants(
 
 
 def topk(job: TopkJob) -> None:
-    """:func:`kd_kernels.reference.topk` in Triton, one program a row; row-major only."""
+    """:func:`kd_kernels.reference.topk` in Triton, one program a row; row-major only.
+
+    Raises:
+        ValueError: k > 1024.
+    """
+    if job.ids.shape[1] > _MOST_ENTRIES:
+        raise ValueError(
+            f"k must be at most {_MOST_ENTRIES} on the triton backend, got {job.ids.shape[1]}; "
+            f'backend="reference" takes any'
+        )
     if job.n == 0:
         return
     module = _kernels().topk

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -155,6 +155,19 @@ def widened(job):
     grad = torch.zeros_like(logits)
     wide = R.Rows(logits, offsets, rows.temperature, rows.scale, rows.softcap, grad, offsets)
     return replace(copy.deepcopy(replace(job, side=None)), side=wide)
+
+
+def moved(job, device: str):
+    """The job with its tensors on ``device``; a gradient in place stays so, what is there is not copied."""
+    there: dict[int, Tensor] = {}
+
+    def move(x):
+        return there.setdefault(id(x), x.to(device)) if isinstance(x, Tensor) else x
+
+    def moved_fields(data):
+        return replace(data, **{f.name: move(getattr(data, f.name)) for f in fields(data)})
+
+    return replace(moved_fields(job), side=moved_fields(job.side))
 
 
 def gradient(job: R.GatherJob) -> Tensor:

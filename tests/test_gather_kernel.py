@@ -3,7 +3,18 @@
 import pytest
 import torch
 from cases import DTYPES
-from jobs import SPREAD, backends_of, gather_job, gradient, ids_for, keeps_logits, kernel_of, layouts_of, side
+from jobs import (
+    SPREAD,
+    backends_of,
+    gather_job,
+    gradient,
+    ids_for,
+    keeps_logits,
+    kernel_of,
+    layouts_of,
+    moved,
+    side,
+)
 from jobs import widened as wide_job
 
 from kd_kernels import rows as R
@@ -31,18 +42,20 @@ def temperatures(n: int = N) -> torch.Tensor:
     return torch.rand(n, dtype=torch.float64) + 0.6
 
 
-def check(job: R.GatherJob, name: str, together: bool = False) -> R.GatherJob:
+def check(job: R.GatherJob, name: str, together: bool = False, device: str = "cpu") -> R.GatherJob:
     """Both phases, in one call or in two, against the reference; returns the reference's job."""
     want = wide_job(job)
     reference(want, R.STATISTICS)
     reference(want, R.GRADIENT)
     kernel, before = kernel_of("gather", name), job.side.read(job.n, job.vocab).clone()
+    there = moved(job, device)
     if together:
-        kernel(job, R.STATISTICS | R.GRADIENT)
+        kernel(there, R.STATISTICS | R.GRADIENT)
     else:
-        kernel(job, R.STATISTICS)
-        assert keeps_logits(name, job, before)
-        kernel(job, R.GRADIENT)
+        kernel(there, R.STATISTICS)
+        assert keeps_logits(name, moved(there, "cpu"), before)
+        kernel(there, R.GRADIENT)
+    job = moved(there, "cpu")
     dtype = job.side.logits.dtype
     columns = [R.OTHERS_MAX, R.OTHERS_LOGZ]
     columns += [R.OTHERS_LOGZ_HARD] * job.hard + [R.OTHERS_MEAN] * job.means

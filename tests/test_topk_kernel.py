@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES
-from jobs import SPREAD, backends_of, kernel_of, side, topk_job
+from jobs import SPREAD, backends_of, kernel_of, moved, side, topk_job
 from jobs import widened as wide_job
 
 from kd_kernels import rows as R
@@ -26,13 +26,15 @@ def logits(n: int = N, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(n, vocab, dtype=torch.float64) * SPREAD
 
 
-def check(job: R.TopkJob, name: str, exact: bool = True) -> R.TopkJob:
+def check(job: R.TopkJob, name: str, exact: bool = True, device: str = "cpu") -> R.TopkJob:
     """Everything against the reference, which runs on the same rounded logits; returns the reference's job.
 
     ``exact``: z of the kernel is that of the reference, so the order is too.
     """
     before = job.side.read(job.n, job.vocab).clone()
-    kernel_of("topk", name)(job)
+    there = moved(job, device)
+    kernel_of("topk", name)(there)
+    job = moved(there, "cpu")
     assert torch.equal(job.side.read(job.n, job.vocab).nan_to_num(7), before.nan_to_num(7))
     want = wide_job(job)
     reference(want)
@@ -223,3 +225,8 @@ def test_the_buffer_of_candidates_always_has_room():
                 (block, _), capacity = runtime.topk_configuration(vocab, k, temperatures, wide=False)
                 assert capacity >= runtime._power_of_two(k) + 1.5 * block
                 assert capacity & (capacity - 1) == 0
+
+
+def test_triton_says_how_many_it_takes():
+    with pytest.raises(ValueError, match="k must be at most 1024 on the triton backend, got 1025"):
+        runtime.topk(topk_job(side(logits(vocab=2000), torch.float32), 2000, 1025))

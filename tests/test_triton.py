@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from cases import OBJECTIVES, Batch, error
+from jobs import gather_job, ids_for, side, topk_job
 from plain import compare
 
 import kd_kernels as kd
+from kd_kernels import rows as R
 from kd_kernels import triton_runtime as runtime
 from kd_kernels.backends import TABLE
 from kd_kernels.reference.dense import dense_distill
@@ -99,6 +101,27 @@ def test_no_recompilation_per_value(monkeypatch):
     assert len(recorder.seen) == 1
     call(5001, 3, 1.0, 0.5, 1.0, 30.0)  # rows that no wide load fits: one more
     call(7003, 3, 1.0, 0.5, 1.0, 30.0)
+    assert len(recorder.seen) == 2
+
+
+@pytest.mark.parametrize("op", ["gather", "topk"])
+def test_no_recompilation_per_value_of_the_sparse_kernels(op, monkeypatch):
+    """Also numbers of ids up to the same power of two, of targets and of draws are run-time arguments."""
+    recorder = _Recorder()
+    monkeypatch.setattr(getattr(runtime._load()[0], op), op, recorder)
+
+    def call(vocab: int, n: int, k: int, scale: float, softcap: float, some: int) -> None:
+        rows = side(torch.randn(n, vocab), torch.float32, scale=scale, softcap=softcap, grad="elsewhere")
+        if op == "gather":
+            runtime.gather(gather_job(rows, ids_for(n, vocab, k, unused=False), vocab), R.STATISTICS)
+        else:
+            runtime.topk(topk_job(rows, vocab, k, (scale,), targets=some, draws=some))
+
+    call(4800, 3, 64, 1.0, 30.0, 2)
+    call(6400, 5, 33, 0.5, 20.0, 7)
+    call(32000, 2, 50, 0.7, 50.0, 16)
+    assert len(recorder.seen) == 1
+    call(32000, 2, 65, 0.7, 50.0, 16)
     assert len(recorder.seen) == 2
 
 

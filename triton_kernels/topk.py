@@ -281,8 +281,7 @@ def topk(
             log_mass = block_top.to(tl.float64) * pick(inverse_wide, 0, MP) + tl.log(block_mass)
             tl.store(log_masses + i, log_mass, mask=i < blocks)
         if KEEP:
-            # NaN and +inf are no candidates: in the sums they make the row's statistics NaN.
-            fresh = (z > threshold) & (z < float("inf"))
+            fresh = z > threshold  # never NaN: that goes to the sums, where it stays
             arrived = tl.cumsum(fresh.to(tl.int32), 0)
             tl.store(buffer + count + arrived - 1, columns, mask=fresh)
             count += tl.max(arrived, 0)
