@@ -16,7 +16,7 @@ constexpr int kTopkColumns = 3;
 
 // z is the logit after scale and softcap; the order is by z descending, then by id ascending. -inf is never among
 // the k largest: ids are -1 and values -inf where a row has fewer. A row with NaN or +inf, or without a finite
-// logit, has NaN for every temperature's statistics; its ids and samples are in range or -1.
+// logit, has NaN statistics; its ids and samples are in range or -1.
 struct Topk {
   int64_t n = 0;
   int64_t vocab = 0;

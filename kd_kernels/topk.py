@@ -18,7 +18,7 @@ class TopK(NamedTuple):
     """What :func:`linear_topk` found. ``[...]`` is the leading shape of the tokens; floats are float32,
     float64 for float64 inputs. With a sequence of M temperatures, what depends on the temperature has one
     more dimension, of M, at the end. None where not asked for. A token whose logits hold NaN or ``+inf``, or
-    nothing finite, has NaN for all floats below but ``logits`` and ``max``."""
+    nothing finite, has NaN for all floats below but ``logits``."""
 
     ids: Tensor
     """``[..., k]`` int32: the k largest logits, by logit descending, then by id ascending; -1 where fewer

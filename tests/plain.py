@@ -80,8 +80,11 @@ def compare(
         loss = call(*sources, objective)
         results.append([loss, *gradients(loss, list(sources), batch.upstream)])
     assert results[0][0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Triton's interpreter cuts a bfloat16 off where a GPU rounds it: up to twice the error, all one way.
+    cut = backend == "triton" and dtype == torch.bfloat16 and not student.tensors()[0].is_cuda
+    floor = FLOOR[dtype] * (2 if cut else 1)
     names = ["loss", *(f"gradient {i}" for i in range(len(results[0]) - 1))]
     for name, x, y, z in zip(names, *results):
-        bar = 2 * error(y, z) + FLOOR[dtype]
+        bar = 2 * error(y, z) + floor
         assert error(x, z) <= bar, f"{name}: error {error(x, z):.2e}, bar {bar:.2e}, plain {error(y, z):.2e}"
         assert z.abs().sum() > 0, f"{name}: the test is vacuous"

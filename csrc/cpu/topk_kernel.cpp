@@ -268,10 +268,9 @@ class TopkRunner : Strip<T> {
 
   void write_statistics() {
     const double top = static_cast<double>(top_), tail_top = static_cast<double>(tail_top_);
-    const bool infinite = top == kInfinity<double>;  // may sit in the heap, where no sum sees it
-    const bool nan = !(tail_[0].mass == tail_[0].mass) && !infinite;
-    nan_ = nan || infinite || top == -kInfinity<double>;
-    statistics(0)[kTopkMax - 1] = nan ? kNaN<double> : top;
+    // A sum with NaN in it is NaN; +inf may sit in the heap, where no sum sees it.
+    nan_ = !(tail_[0].mass == tail_[0].mass) || top == kInfinity<double> || top == -kInfinity<double>;
+    statistics(0)[kTopkMax - 1] = nan_ ? kNaN<double> : top;
     for (int64_t i = 0; i < args_.temperature_count; ++i) {
       double* row = statistics(i);
       const double inverse = 1.0 / args_.temperatures[i];

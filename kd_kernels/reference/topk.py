@@ -19,7 +19,7 @@ def topk(job: R.TopkJob) -> None:
     known = ranked[:, :k] > -torch.inf
     job.ids.copy_(torch.where(known, order[:, :k], -1))
     job.values.copy_(torch.where(known, ranked[:, :k], -torch.inf))
-    job.statistics[:, R.TOPK_MAX] = ranked[:, 0]
+    job.statistics[:, R.TOPK_MAX] = torch.where(ranked[:, 0].isfinite(), ranked[:, 0], torch.nan)
     for i, temperature in enumerate(job.temperatures.tolist()):
         lse = torch.logsumexp(z / temperature, -1)
         lse = torch.where(lse.isfinite(), lse, torch.nan)
