@@ -237,6 +237,25 @@ def test_a_sure_teacher_keeps_its_tail():
     assert error(kd.distill(student, without, kd.ReverseKL()), want) > 1e-3
 
 
+def test_the_file_of_the_docs_round_trips(tmp_path):
+    """docs/topk.md: what it writes down is the teacher that ``target()`` makes."""
+    z, student = torch.randn(2, 3, 61), torch.randn(2, 3, 61)
+    saved = kd.linear_topk(z, 9, temperature=2.0)
+    record = {
+        "ids": saved.ids,
+        "logprobs": saved.target().logprobs,
+        "log_tail_mass": saved.log_tail_mass,
+        "temperature": saved.temperature,
+    }
+    torch.save(record, tmp_path / "teacher.pt")
+    r = torch.load(tmp_path / "teacher.pt", weights_only=True)
+    target = kd.SparseTarget(
+        r["ids"], r["logprobs"], temperature=r["temperature"], log_tail_mass=r["log_tail_mass"]
+    )
+    losses = [kd.distill(student, t, kd.ForwardKL(), temperature=2.0) for t in (target, saved.target(), z)]
+    assert torch.equal(losses[0], losses[1]) and 0 < losses[0] < losses[2]
+
+
 def test_saved_draws_distil():
     batch = Batch(vocab=61)
     student, teacher = (batch.source(side, "head", torch.float64) for side in ("student", "teacher"))
