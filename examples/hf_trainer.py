@@ -54,16 +54,16 @@ class HeadTrainer(DenseTrainer):
         labels = kd.next_token_labels(inputs.pop("labels"))
         with self.accelerator.autocast():  # bf16=True reaches the model's own forward only
             with torch.no_grad():
-                teacher_hidden = self.teacher.model(**inputs).last_hidden_state
-            outputs = model.model(**inputs)
+                teacher_hidden = kd.last_hidden_state(self.teacher, **inputs)
+            hidden = kd.last_hidden_state(model, **inputs)
             loss = kd.distill(
-                kd.Head(outputs.last_hidden_state, model.get_output_embeddings().weight),
-                kd.Head(teacher_hidden, self.teacher.get_output_embeddings().weight),
+                kd.Head.from_model(model, hidden),
+                kd.Head.from_model(self.teacher, teacher_hidden),
                 kd.ForwardKL(),
                 labels=labels,
                 num_items=num_items_in_batch,
             )
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def make_trainer(

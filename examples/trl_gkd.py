@@ -41,11 +41,11 @@ class HeadGKDTrainer(GKDTrainer):
         teacher.eval()
         with self.accelerator.autocast():  # bf16=True reaches the models' own forward only
             with torch.no_grad():
-                teacher_hidden = teacher.model(**tokens).last_hidden_state
-            student_hidden = student.model(**tokens).last_hidden_state
+                teacher_hidden = kd.last_hidden_state(teacher, **tokens)
+            student_hidden = kd.last_hidden_state(student, **tokens)
             return kd.distill(
-                kd.Head(student_hidden, student.get_output_embeddings().weight),
-                kd.Head(teacher_hidden, teacher.get_output_embeddings().weight),
+                kd.Head.from_model(student, student_hidden),
+                kd.Head.from_model(teacher, teacher_hidden),
                 kd.JensenShannon(self.beta),
                 labels=kd.next_token_labels(inputs["labels"]),
                 num_items=num_items_in_batch,

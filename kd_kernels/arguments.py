@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kd_kernels.sources import FLOATING, Head, Source, SparseTarget, Teacher
+from kd_kernels.sources import FLOATING, Head, Logits, Source, SparseTarget, Teacher
 
 Scalar = Union[float, Tensor]
 
@@ -22,8 +22,8 @@ def refuse_transforms(function: str, *tensors: Optional[Tensor]) -> None:
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise TypeError(
-            f"{function} does not work under torch.func transforms (grad, vmap, jvp, ...): its "
-            f"gradient is computed by kernels; call it outside, and use loss.backward()"
+            f"{function} does not work under torch.func transforms (grad, vmap, jvp, ...): kernels compute "
+            f"it and its gradient; call it outside, and use loss.backward()"
         )
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise TypeError(f"{function} has no forward-mode derivative; use loss.backward()")
@@ -40,6 +40,8 @@ def check_source(name: str, source: Teacher, device: torch.device, where: str = 
             continue
         if tensor.device != device:
             raise ValueError(f"{name}'s {part} is on {tensor.device}, {where} on {device}")
+        if tensor.is_meta:
+            raise ValueError(f"{name}'s {part} is on the meta device and holds no numbers")
         if part != "ids" and tensor.dtype not in FLOATING:
             raise TypeError(f"{name}'s {part} has dtype {tensor.dtype}")
         if weight is not None and tensor.dtype != values.dtype and not torch.is_autocast_enabled(device.type):
@@ -47,6 +49,12 @@ def check_source(name: str, source: Teacher, device: torch.device, where: str = 
                 f"{name}: hidden is {values.dtype} but its {part} is {tensor.dtype}; cast one, or "
                 f"use torch.autocast"
             )
+
+
+def _logits_hint(*sources: Source) -> str:
+    if not any(isinstance(source, Logits) for source in sources):
+        return ""
+    return ". A bare tensor is taken as logits; hidden states go in as kd.Head(hidden, weight)"
 
 
 def check_sources(student: Source, teacher: Teacher, vocab: str, teacher_name: str = "teacher") -> None:
@@ -61,18 +69,35 @@ def check_sources(student: Source, teacher: Teacher, vocab: str, teacher_name: s
         raise ValueError(
             f"student has {student.vocab_size} vocabulary entries and {teacher_name} {teacher.vocab_size}; "
             f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
+            + _logits_hint(student, teacher)
         )
     for name, source in (("student", student), (teacher_name, teacher)):
         check_source(name, source, student.tensors()[0].device, "the student's values")
 
 
-def check_resources(ignore_index: int, backend: Optional[str], workspace_bytes: Optional[int]) -> None:
+def check_resources(
+    ignore_index: int,
+    backend: Optional[str],
+    workspace_bytes: Optional[int],
+    logits_dtype: Optional[torch.dtype],
+) -> None:
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {backend!r}")
     if workspace_bytes is not None and not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
+    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(
+            f"logits_dtype must be a torch.dtype such as torch.bfloat16, or None, got {logits_dtype!r}"
+        )
+
+
+def _shift_hint(name: str, shape: torch.Size, lead: torch.Size) -> str:
+    sliced = (
+        name == "labels" and len(lead) > 0 and (*shape[:-1], shape[-1] + 1 if shape else 0) == tuple(lead)
+    )
+    return "; kd.next_token_labels(labels) shifts them and keeps the length" if sliced else ""
 
 
 def check_per_token(name: str, value: Tensor, lead: torch.Size, device: torch.device) -> None:
@@ -81,6 +106,7 @@ def check_per_token(name: str, value: Tensor, lead: torch.Size, device: torch.de
     if value.shape != lead:
         raise ValueError(
             f"{name} must have the leading shape of the tokens, {tuple(lead)}; got {tuple(value.shape)}"
+            + _shift_hint(name, value.shape, lead)
         )
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, the student on {device}")

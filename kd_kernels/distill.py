@@ -123,7 +123,7 @@ def distill(
     student, teacher = as_source("student", student), as_teacher(teacher)
     refuse_transforms("kd_kernels.distill", *student.tensors(), *teacher.tensors())
     _check_options(objective, reduction, num_items, vocab)
-    _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes)
+    _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes, logits_dtype)
     lead, device = student.leading_shape, student.tensors()[0].device
     check_sources(student, teacher, vocab)
     sparse = isinstance(teacher, SparseTarget)
@@ -197,7 +197,7 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
     Args:
         labels: integer ``[..., T]``; the token at each position.
-        ignore_index: fills the last position, which predicts nothing.
+        ignore_index: fills the last position, which predicts nothing; :func:`distill` must be given the same.
 
     Returns:
         ``[..., T]``, a new tensor.
@@ -262,13 +262,14 @@ def _check_types(
     ignore_index: int,
     backend: Optional[str],
     workspace_bytes: Optional[int],
+    logits_dtype: Optional[torch.dtype],
 ) -> None:
     for name, weight in (("soft_weight", soft_weight), ("hard_weight", hard_weight)):
         if not isinstance(weight, (int, float)) and not isinstance(weight, numbers.Real):
             raise TypeError(
                 f"{name} must be a number, got {type(weight).__name__}; weights per token go in token_weight"
             )
-    check_resources(ignore_index, backend, workspace_bytes)
+    check_resources(ignore_index, backend, workspace_bytes, logits_dtype)
 
 
 def _scalars(student: Source, teacher: Teacher, soft_weight: float, hard_weight: float) -> Tensor:

@@ -66,7 +66,7 @@ def linear_logprobs(
     refuse_transforms("kd_kernels.linear_logprobs", *source.tensors())
     lead, device = source.leading_shape, source.tensors()[0].device
     check_source("source", source, device)
-    check_resources(ignore_index, backend, workspace_bytes)
+    check_resources(ignore_index, backend, workspace_bytes, logits_dtype)
     flat = flat_ids("ids", ids, ignore_index, lead, device)
     t = per_token("temperature", temperature, lead, device)
     tensors = source.tensors()

@@ -9,7 +9,7 @@ class carries its parameters, its formula and where the formula comes from; the 
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Union
 
 import torch
@@ -38,7 +38,8 @@ class Objective:
         if not torch.compiler.is_compiling():
             first = self.parameters()[0]
             if self.name != "weighted_kl" and not isinstance(first, numbers.Real):
-                raise TypeError(f"{type(self).__name__} takes a number, got {type(first).__name__}")
+                name = fields(self)[0].name
+                raise TypeError(f"{type(self).__name__}: {name} must be a number, got {type(first).__name__}")
             self.check(first)
 
 

@@ -137,7 +137,7 @@ def score(
     sources += [as_source(name, teacher) for name, teacher in zip(names, teachers)]
     if vocab not in ("error", "truncate"):
         raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
-    check_resources(ignore_index, backend, workspace_bytes)
+    check_resources(ignore_index, backend, workspace_bytes, logits_dtype)
     for name, other in zip(["student", *names], sources):
         check_sources(sources[0], other, vocab, name)
     lead, device = sources[0].leading_shape, sources[0].tensors()[0].device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Optional, Union
 
 import torch
@@ -31,16 +31,31 @@ def _check_floating(owner: str, name: str, tensor: object) -> None:
         )
 
 
+def _shown(value: object) -> str:
+    """A tensor by its form: its numbers would fill the screen, and have to come from the device first."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')} {value.device}"
+
+
+class _Shown:
+    def __repr__(self) -> str:
+        parts = (f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
 def _check_shaping(owner: str, scale: float, softcap: Optional[float]) -> None:
     for name, value in (("scale", scale), ("softcap", softcap)):
         if isinstance(value, Tensor):
             raise TypeError(f"{owner}: {name} must be a number, got a tensor; use {name}.item()")
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"{owner}: scale must be finite, got {scale}")
     if softcap is not None and not 1e-30 < softcap < float("inf"):
         raise ValueError(f"{owner}: softcap must be > 0 and finite, or None for no softcap, got {softcap}")
 
 
-@dataclass(frozen=True, eq=False)
-class Head:
+@dataclass(frozen=True, eq=False, repr=False)
+class Head(_Shown):
     """Logits as an LM head would give them, never materialised.
 
     ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``; no tanh when ``softcap is None``.
@@ -130,8 +145,8 @@ class Head:
         return head_from_model(model, hidden)
 
 
-@dataclass(frozen=True, eq=False)
-class Logits:
+@dataclass(frozen=True, eq=False, repr=False)
+class Logits(_Shown):
     """Logits that exist already: ``softcap * tanh(scale * values / softcap)``.
 
     Args:
@@ -171,8 +186,8 @@ class Logits:
 MISSING = ("tail", "teacher_renorm", "renorm_both", "unnormalised")
 
 
-@dataclass(frozen=True, eq=False)
-class SparseTarget:
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseTarget(_Shown):
     """A teacher known at a few tokens only: its top-K, or draws from it, saved earlier.
 
     With ``t`` the recorded probabilities of a token's ids S, ``a = sum t``, and ``Q`` the student's mass on

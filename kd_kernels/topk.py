@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
@@ -18,7 +19,7 @@ class TopK(NamedTuple):
     """What :func:`linear_topk` found. ``[...]`` is the leading shape of the tokens; floats are float32,
     float64 for float64 inputs. With a sequence of M temperatures, what depends on the temperature has one
     more dimension, of M, at the end. None where not asked for. A token whose logits hold NaN or ``+inf``, or
-    nothing finite, has NaN for all floats below but ``logits``."""
+    nothing finite, has NaN for all floats below but ``logits``, and no draws."""
 
     ids: Tensor
     """``[..., k]`` int32: the k largest logits, by logit descending, then by id ascending; -1 where fewer
@@ -46,9 +47,19 @@ class TopK(NamedTuple):
     """As in the call."""
 
     def target(self, missing: str = "tail", index: int = 0) -> SparseTarget:
-        """The top-K as a teacher for :func:`distill`, at the ``index``-th temperature."""
+        """The top-K as a teacher for :func:`distill`, at the ``index``-th temperature.
+
+        Raises:
+            ValueError: no such temperature; an unknown ``missing``; ``k`` was 0.
+        """
         many = not isinstance(self.temperature, float)
-        temperature = self.temperature[index] if many else self.temperature
+        temperatures = self.temperature if many else (self.temperature,)
+        if not 0 <= index < len(temperatures):
+            raise ValueError(
+                f"index must be one of the {len(temperatures)} temperatures of the call, counted from 0; got "
+                f"{index}"
+            )
+        temperature = temperatures[index]
         lse, tail = (x[..., index] if many else x for x in (self.lse, self.log_tail_mass))
         return SparseTarget(
             self.ids,
@@ -59,7 +70,12 @@ class TopK(NamedTuple):
         )
 
     def sampled(self) -> SparseTarget:
-        """The draws as a teacher for :func:`distill`."""
+        """The draws as a teacher for :func:`distill`, at the first temperature. A token without draws teaches
+        nothing.
+
+        Raises:
+            ValueError: the call asked for no draws.
+        """
         if self.sample_ids is None:
             raise ValueError("there are no draws: linear_topk(..., samples=50)")
         temperature = self.temperature if isinstance(self.temperature, float) else self.temperature[0]
@@ -156,7 +172,11 @@ def linear_topk(
         logprob = torch.where(flat < 0, 0.0, logprob).reshape(*lead, len(temperatures)).to(dtype)
         logprob = logprob if many else logprob[..., 0]
         rank = ranks.reshape(lead)
-    sample_ids, counts = _runs(draws) if samples else (None, None)
+    sample_ids = counts = None
+    if samples:
+        # What a kernel draws where there is no distribution is its own affair, and must not be trained on.
+        undefined = statistics[:, R.topk_column(R.TOPK_LSE), None].isnan()
+        sample_ids, counts = _runs(torch.where(undefined, -1, draws))
     return TopK(
         ids=ids.reshape(*lead, k),
         logits=values.reshape(*lead, k).to(dtype),
@@ -222,7 +242,7 @@ def _call(
     workspace_bytes: Optional[int],
 ) -> tuple[Tensor, ...]:
     check_source("source", source, source.tensors()[0].device)
-    check_resources(ignore_index, backend, workspace_bytes)
+    check_resources(ignore_index, backend, workspace_bytes, logits_dtype)
     return _op(
         *detached(source).tensors(),
         targets,
@@ -248,12 +268,17 @@ def _check_count(name: str, value: int, most: Optional[int]) -> None:
 
 def _temperatures(temperature: Union[float, Sequence[float]]) -> tuple[Tensor, bool]:
     """(``[M]`` float64 on CPU, whether it was a sequence)"""
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature must be a number or a sequence of numbers, got a tensor; use .tolist()")
     many = isinstance(temperature, (list, tuple))
     if many and not temperature:
         raise ValueError("temperature must hold at least one number, got an empty sequence")
-    return torch.stack([number(t) for t in (temperature if many else [temperature])]), many
+    values = temperature if many else [temperature]
+    for value in values:
+        if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
+            raise TypeError(
+                f"temperature must be a number, or a list or tuple of numbers, got "
+                f"{type(value).__name__}; of a tensor or an array use .tolist()"
+            )
+    return torch.stack([number(value) for value in values]), many
 
 
 def _runs(draws: Tensor) -> tuple[Tensor, Tensor]:

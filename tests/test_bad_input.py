@@ -40,7 +40,7 @@ CASES = {
     "no features": (lambda: kd.Head(H[:, :0], W[:, :0]), ValueError, "no features"),
     "scale tensor": (lambda: kd.Head(H, W, scale=torch.tensor(1.0)), TypeError, "scale must be a number"),
     "soft_weight tensor": (lambda: call(soft_weight=torch.ones(3)), TypeError, "soft_weight must be a number"),
-    "beta tensor": (lambda: kd.JensenShannon(torch.ones(3)), TypeError, "JensenShannon takes a number"),
+    "beta tensor": (lambda: kd.JensenShannon(torch.ones(3)), TypeError, "JensenShannon: beta must be a number"),
     "ignore_index": (lambda: call(labels=LABELS, ignore_index=None), TypeError, "ignore_index must be an int"),
     "num_items tensor 0": (lambda: call(num_items=torch.tensor(0)), ValueError, "num_items must be > 0"),
     "workspace type": (lambda: call(workspace_bytes=1e6), TypeError, "workspace_bytes must be an int"),
@@ -85,6 +85,12 @@ CASES = {
     "backend name": (lambda: call(backend="cudnn"), ValueError, "backend must be one of cpu, triton, cuda, reference"),
     "backend absent": (lambda: call(backend="cuda"), kd.BackendUnavailable, "cuda: "),
     "logits_dtype": (lambda: call(logits_dtype=torch.float16), ValueError, "logits_dtype must be"),
+    "logits_dtype text": (lambda: call(logits_dtype="bf16"), TypeError, "logits_dtype must be a torch.dtype such as"),
+    "meta": (lambda: call(student=Z.to("meta"), teacher=Z.to("meta")), ValueError, "on the meta device"),
+    "hidden as logits": (lambda: call(teacher=kd.Head(H, W), student=H), ValueError, "hidden states go in as kd.Head"),
+    "labels sliced": (lambda: call(labels=LABELS[1:]), ValueError, "next_token_labels"),
+    "label -1": (lambda: call(labels=LABELS - 2), ValueError, r"ignore_index \(-100 unless given\), got -"),
+    "scale NaN": (lambda: kd.Head(H, W, scale=float("nan")), ValueError, "scale must be finite"),
     "workspace": (lambda: call(student=kd.Head(H, W), workspace_bytes=8), ValueError, "workspace_bytes=8 holds less than one row"),
     "module option": (lambda: kd.DistillationLoss(KL, temprature=2.0), TypeError, "temprature"),
     "next_token_labels": (lambda: kd.next_token_labels(torch.tensor(1)), ValueError, "labels must be"),
@@ -203,3 +209,12 @@ def test_forward_mode_is_refused():
         dual = forward_ad.make_dual(torch.randn(3, 9), torch.randn(3, 9))
         with pytest.raises(TypeError, match="forward-mode"):
             kd.distill(dual, Z, KL)
+
+
+def test_a_source_prints_its_form_not_its_numbers():
+    assert repr(kd.Head(H, W, softcap=30.0)) == (
+        "Head(hidden=[3, 4] float32 cpu, weight=[9, 4] float32 cpu, bias=None, scale=1.0, softcap=30.0)"
+    )
+    assert "values=[3, 9] float32 cpu" in repr(kd.Logits(Z))
+    target = kd.SparseTarget(LABELS[:, None], torch.zeros(3, 1))
+    assert "ids=[3, 1] int64 cpu" in repr(target) and "missing='tail'" in repr(target)

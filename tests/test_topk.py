@@ -12,6 +12,7 @@ from kd_kernels.reference.dense import logits_of
 IDS = {"ids": lambda x: str(x).replace("torch.", "")}
 # Logits come from a float32 product whatever the inputs are.
 BAR = {dtype: 1e-12 if dtype == torch.float64 else 3e-6 for dtype in DTYPES}
+SMALL = {"workspace_bytes": 3 << 10}  # of float64 logits a row at a time, of float32 three
 FLOATS = ("logits", "lse", "max", "entropy", "log_tail_mass", "target_logprob")
 
 
@@ -45,9 +46,7 @@ def close(x, y, bar):
 def test_everything_from_a_head(dtype, shaping, k, backend):
     batch = batch_for(backend)
     source = batch.source("teacher", "head", dtype, **SHAPING[shaping])
-    found = kd.linear_topk(
-        source, k, temperature=1.3, targets=batch.labels, backend=backend, workspace_bytes=24 << 10
-    )
+    found = kd.linear_topk(source, k, temperature=1.3, targets=batch.labels, backend=backend, **SMALL)
     want = plain(source, k, 1.3, batch.labels)
     assert found.ids.dtype == torch.int32 and found.ids.shape == (*batch.lead, k)
     assert found.lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -113,6 +112,7 @@ def test_absent_and_poisoned_logits(backend):
         assert getattr(found, name)[1:4].isnan().all() and getattr(found, name)[4].isfinite(), name
     assert found.ids.max() < 90 and found.sample_ids.max() < 90
     assert set(found.sample_ids[0].tolist()) <= {-1, 0, 1, 2, 3}
+    assert (found.sample_ids[1:4] == -1).all() and (found.sample_counts[1:4] == 0).all()
 
 
 @pytest.mark.parametrize("k", [0, 203])
@@ -136,7 +136,7 @@ def test_ranks(backend):
     z = logits_of(source).detach()
     place = z.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     want = torch.where(ids >= 0, place.gather(-1, ids.clamp(min=0)) + 1, 0)
-    found = kd.linear_rank(source, ids, 20, backend=backend, workspace_bytes=24 << 10)
+    found = kd.linear_rank(source, ids, 20, backend=backend, **SMALL)
     assert torch.equal(found.rank.long(), want)
     assert torch.equal(found.member, (want >= 1) & (want <= 20)) and found.member.any()
     one = kd.linear_rank(source, ids[..., 3], backend=backend)
@@ -153,6 +153,7 @@ def test_draws_follow_the_softmax(backend):
     found = kd.linear_topk(z.expand(rows, -1), 0, temperature=1.7, samples=draws, seed=5, backend=backend)
     ids, counts = found.sample_ids, found.sample_counts
     assert (counts.sum(-1) == draws).all() and ((ids >= 0) == (counts > 0)).all()
+    assert ((ids[:, 1:] > ids[:, :-1]) | (ids[:, 1:] == -1)).all()  # each once, ascending
     total = torch.zeros(40, dtype=torch.float64)
     total.scatter_add_(0, ids.clamp(min=0).long().view(-1), counts.double().view(-1))
     expected = (z.double() / 1.7).softmax(-1) * rows * draws
@@ -175,8 +176,9 @@ def test_draws_do_not_depend_on_the_chunks():
     ]
     assert torch.equal(results[0].sample_ids, results[1].sample_ids)
     assert torch.equal(results[0].sample_counts, results[1].sample_counts)
-    other = kd.linear_topk(source, 3, samples=20, seed=10)
-    assert not torch.equal(results[0].sample_ids, other.sample_ids)
+    for seed in (10, 9 + (1 << 40), -9):  # all of its bits matter
+        other = kd.linear_topk(source, 3, samples=20, seed=seed)
+        assert not torch.equal(results[0].sample_ids, other.sample_ids)
     with torch.random.fork_rng():
         torch.manual_seed(4)
         first = kd.linear_topk(source, 0, samples=20).sample_ids
@@ -223,10 +225,41 @@ def test_a_saved_teacher_distils(objective, backend):
         assert 0 < loss < dense
 
 
+def test_a_sure_teacher_keeps_its_tail():
+    """In float32, 1 minus what its two tokens have is 0 or rounding; the recorded tail is neither."""
+    z = torch.randn(6, 61) - 20
+    z[:, [3, 40]] = torch.tensor([1.0, 0.5])
+    student = torch.randn(6, 61, dtype=torch.float64)
+    want = kd.distill(student, kd.linear_topk(z.double(), 2).target(), kd.ReverseKL())
+    target = kd.linear_topk(z, 2).target()
+    assert error(kd.distill(student, target, kd.ReverseKL()), want) < 1e-6
+    without = kd.SparseTarget(target.ids, target.logprobs)
+    assert error(kd.distill(student, without, kd.ReverseKL()), want) > 1e-3
+
+
+def test_the_file_of_the_docs_round_trips(tmp_path):
+    """docs/topk.md: what it writes down is the teacher that ``target()`` makes."""
+    z, student = torch.randn(2, 3, 61), torch.randn(2, 3, 61)
+    saved = kd.linear_topk(z, 9, temperature=2.0)
+    record = {
+        "ids": saved.ids,
+        "logprobs": saved.target().logprobs,
+        "log_tail_mass": saved.log_tail_mass,
+        "temperature": saved.temperature,
+    }
+    torch.save(record, tmp_path / "teacher.pt")
+    r = torch.load(tmp_path / "teacher.pt", weights_only=True)
+    target = kd.SparseTarget(
+        r["ids"], r["logprobs"], temperature=r["temperature"], log_tail_mass=r["log_tail_mass"]
+    )
+    losses = [kd.distill(student, t, kd.ForwardKL(), temperature=2.0) for t in (target, saved.target(), z)]
+    assert torch.equal(losses[0], losses[1]) and 0 < losses[0] < losses[2]
+
+
 def test_saved_draws_distil():
     batch = Batch(vocab=61)
     student, teacher = (batch.source(side, "head", torch.float64) for side in ("student", "teacher"))
-    target = kd.linear_topk(teacher, 0, samples=5000, seed=3, temperature=1.4).sampled()
+    target = kd.linear_topk(teacher, 0, samples=5000, seed=3, temperature=(1.4, 9.0)).sampled()
     loss = kd.distill(student, target, kd.ForwardKL(), temperature=1.4)
     assert abs(loss / kd.distill(student, teacher, kd.ForwardKL(), temperature=1.4) - 1) < 0.05
 
@@ -242,6 +275,18 @@ def test_strides_and_threads():
     torch.set_num_threads(1)
     for name, x, y in zip(whole._fields, whole, other):
         assert x is y is None or name == "temperature" or torch.equal(x, y), name
+
+
+def test_a_head_computes_in_the_dtypes_asked_for(backend):
+    batch = batch_for(backend)
+    source = batch.source("teacher", "head", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = kd.linear_topk(source, 5, backend=backend)
+    narrow = kd.Head(source.hidden.bfloat16(), source.weight.bfloat16())
+    wide = kd.linear_topk(narrow, 5, backend=backend)
+    assert torch.equal(under.logits, wide.logits)
+    rounded = kd.linear_topk(narrow, 5, backend=backend, logits_dtype=torch.bfloat16).logits
+    assert torch.equal(rounded, rounded.bfloat16().float()) and not torch.equal(rounded, wide.logits)
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0), ()], ids=str)
@@ -283,6 +328,13 @@ def test_opcheck_and_compile():
         (lambda z: kd.linear_topk(z, 2, temperature=[1.0, -1.0]), "temperature must be finite and > 0"),
         (lambda z: kd.linear_topk(z, 2, temperature=[]), "at least one number"),
         (lambda z: kd.linear_topk(z, 2, temperature=torch.ones(3)), "use .tolist"),
+        (lambda z: kd.linear_topk(z, 2, temperature="warm"), "temperature must be a number.*got str"),
+        (lambda z: kd.linear_topk(z, 2, temperature=[1.0, None]), "temperature must be a number.*NoneType"),
+        (lambda z: kd.linear_topk(z, 2, temperature=torch.ones(3).numpy()), "use .tolist"),
+        (lambda z: kd.linear_topk(z, 2, temperature=2.0).target(index=1), "one of the 1 temperatures"),
+        (lambda z: kd.linear_topk(z, 2, temperature=(1.0, 2.0)).target(index=-1), "one of the 2 temp"),
+        (lambda z: kd.linear_topk(z, 0).target(), "K > 0"),
+        (lambda z: kd.linear_topk(kd.Head(z, z), 2, workspace_bytes=8), "less than one row"),
         (lambda z: kd.linear_topk(z, 2, targets=torch.zeros(4).long()), "leading shape"),
         (lambda z: kd.linear_topk(z, 2, targets=torch.zeros(3)), "must be integers"),
         (lambda z: kd.linear_topk(z, 2, targets=torch.full((3,), 90)), r"must be in \[0, 90\)"),
@@ -293,7 +345,7 @@ def test_opcheck_and_compile():
         (lambda z: kd.linear_rank(z, torch.zeros(2, 3).long()), "leading shape"),
         (lambda z: kd.linear_rank(z, torch.zeros(3).long(), 91), "k must be in"),
     ],
-    ids=range(18),
+    ids=range(25),
 )
 def test_refusals(make, message):
     with pytest.raises((ValueError, TypeError), match=message):

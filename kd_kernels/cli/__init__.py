@@ -19,13 +19,14 @@ COMMANDS = {"info": info, "selftest": selftest, "bench": bench, "plan": plan}
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m kd_kernels",
         description=__doc__.splitlines()[0],
         epilog="exit codes: 0 fine, 1 a check failed, 2 wrong usage, 130 interrupted",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        command = commands.add_parser(name, allow_abbrev=False, help=module.HELP, description=module.__doc__)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         module.configure(command)
     args = parser.parse_args(argv)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_kernels.backends import TABLE
+from kd_kernels.cli import selftest_rows as one_model
 from kd_kernels.cli.common import DTYPES, Progress, UsageError, device, devices, emit, need_device
 from kd_kernels.distill import distill
 from kd_kernels.objectives import CATALOGUE, Objective
@@ -155,9 +157,33 @@ def check_row_divergence(places: list[tuple[str, str]], seed: int) -> Iterator[C
                 yield dataclasses.replace(check, failure=f"{type(failure).__name__}: {failure}")
 
 
+def _one_model(op: str, places: list[tuple[str, str]], seed: int) -> Iterator[Check]:
+    """What looks at one model: each function x dtype x kind of source, at each (device, backend)."""
+    for (name, function), dtype, kind in itertools.product(
+        one_model.CHECKS[op].items(), DTYPES, one_model.KINDS
+    ):
+        model = one_model.OneModel(kind, DTYPES[dtype], seed)
+        exact = function(model, "cpu", torch.float64, "", plainly=True)
+        plain = function(model, "cpu", DTYPES[dtype], "", plainly=True)
+        bars = [2 * relative(x, z) + FLOOR[DTYPES[dtype]] for (_, x), (_, z) in zip(plain, exact)]
+        for where, backend in places:
+            check = Check(op, where, backend, name, dtype, kind, "none")
+            try:
+                found = function(model, where, DTYPES[dtype], backend, plainly=False)
+                ratios = [relative(x, z) / bar for (_, x), (_, z), bar in zip(found, exact, bars)]
+                worst = max(((float("inf") if r != r else r), part) for r, (part, _) in zip(ratios, found))
+                yield dataclasses.replace(check, error=worst[0], worst=worst[1])
+            except Exception as failure:
+                yield dataclasses.replace(check, failure=f"{type(failure).__name__}: {failure}")
+
+
 # op -> (its checks, how many per place). A test fails while an op of backends.TABLE is missing here.
 CHECKS: dict[str, tuple[Callable[[list[tuple[str, str]], int], Iterator[Check]], int]] = {
     "row_divergence": (check_row_divergence, len(CATALOGUE) * len(DTYPES) * len(SOURCES) * len(REDUCTIONS)),
+    **{
+        op: (functools.partial(_one_model, op), len(checks) * len(DTYPES) * len(one_model.KINDS))
+        for op, checks in one_model.CHECKS.items()
+    },
 }
 
 

@@ -72,7 +72,7 @@ def _check_values(problem: Problem, call: dict) -> None:
         wrong = labels[(labels < 0) | (labels >= size)]
         if wrong.numel():
             raise ValueError(
-                f"labels must be in [0, {size}) or ignore_index, got {wrong[0].item()} "
+                f"labels must be in [0, {size}) or ignore_index (-100 unless given), got {wrong[0].item()} "
                 f"({wrong.numel()} such labels)"
             )
 

@@ -22,7 +22,7 @@ def _check_values(call: Scoring) -> None:
     wrong = labels[(labels < 0) | (labels >= call.vocab)]
     if wrong.numel():
         raise ValueError(
-            f"labels must be in [0, {call.vocab}) or ignore_index, got {wrong[0].item()} "
+            f"labels must be in [0, {call.vocab}) or ignore_index (-100 unless given), got {wrong[0].item()} "
             f"({wrong.numel()} such labels)"
         )
 
