@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import NamedTuple, Optional, Union
 
@@ -13,6 +14,7 @@ from kd_kernels import rows as R
 from kd_kernels.backends import BackendUnavailable
 from kd_kernels.objectives import Objective
 from kd_kernels.ops.row_divergence import row_divergence
+from kd_kernels.regather import gathers_of, regathering_row_divergence
 from kd_kernels.sources import FLOATING, Head, Source, as_source
 
 __all__ = ["BackendUnavailable", "DistillationLoss", "Parts", "distill", "next_token_labels"]
@@ -115,6 +117,7 @@ def distill(
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes)
     lead, device = student.leading_shape, student.tensors()[0].device
     _check_sources(student, teacher, vocab)
+    gathers = gathers_of(student, teacher)  # before the sources are rebuilt without them
     if not teacher_grad:
         teacher = _detached(teacher)
 
@@ -139,7 +142,10 @@ def distill(
         valid, labels, weight, t_s, t_t, p0, p1 = (
             _saveable(x) for x in (valid, labels, weight, t_s, t_t, p0, p1)
         )
-    loss, terms, *_ = row_divergence(
+    run = row_divergence
+    if deferred and any(gathers):
+        run = functools.partial(regathering_row_divergence, gathers)
+    loss, terms, *_ = run(
         *tensors,
         valid,
         None if labels is None else labels.reshape(-1),

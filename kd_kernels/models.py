@@ -18,10 +18,12 @@ from kd_kernels.model_types import BY_HAND, factors_of
 from kd_kernels.output_layer import (
     TENSOR_PARALLEL,
     linear_layer,
+    lora_columns,
+    lora_features,
     ordinary,
     peft_class,
-    with_lora,
 )
+from kd_kernels.regather import gathered_head
 from kd_kernels.sources import Head, is_dtensor
 
 # --- the two public functions ---------------------------------------------------------------------------
@@ -39,27 +41,43 @@ def head_from_model(model: nn.Module, hidden: Tensor) -> Head:
     if is_dtensor(hidden):
         raise TypeError(f"{owner}: hidden is a DTensor; pass hidden.to_local() or hidden.full_tensor()")
 
-    def whole(name: str, tensor: Tensor) -> Tensor:
-        return ordinary(f"{owner}: the output layer's {name}", tensor, model, layer, hidden)
+    like = hidden.new_empty(0)  # a gathering backward must not keep the hidden states
 
-    weight = whole("weight", linear.weight)
-    if weight.shape[0] < linear.out_features:
-        raise ValueError(
-            f"{owner}: the output layer's weight has {weight.shape[0]} of its {linear.out_features} rows: it "
-            f"is sharded over the vocabulary. {TENSOR_PARALLEL}"
-        )
-    bias = None if linear.bias is None else whole("bias", linear.bias)
+    def whole(name: str, tensor: Tensor) -> Tensor:
+        return ordinary(f"{owner}: the output layer's {name}", tensor, model, layer, like)
+
+    # The tensors of now: FSDP2 puts others into the layer between forward and backward.
+    own_weight, own_bias = linear.weight, linear.bias
     constant = getattr(causal, factors.bias or "", None)
-    if constant is not None:
-        constant = constant.reshape(-1).to(weight.dtype)
-        bias = constant if bias is None else bias + constant
+
+    def assemble() -> tuple[Tensor, Optional[Tensor]]:
+        weight = whole("weight", own_weight)
+        if weight.shape[0] < linear.out_features:
+            raise ValueError(
+                f"{owner}: the output layer's weight has {weight.shape[0]} of its {linear.out_features} "
+                f"rows: it is sharded over the vocabulary. {TENSOR_PARALLEL}"
+            )
+        bias = None if own_bias is None else whole("bias", own_bias)
+        if constant is not None:
+            shift = constant.reshape(-1).to(weight.dtype)
+            bias = shift if bias is None else bias + shift
+        if adapters:
+            weight, bias = lora_columns(weight, bias, adapters, whole)
+        if factors.vocab is not None:
+            weight, bias = weight[: factors.vocab], None if bias is None else bias[: factors.vocab]
+        if bias is not None and factors.hidden != 1:
+            bias = bias / factors.hidden  # Head scales hidden states and bias alike
+        return weight, bias
+
     if adapters:
-        hidden, weight, bias = with_lora(hidden, weight, bias, adapters, whole)
-    if factors.vocab is not None:
-        weight, bias = weight[: factors.vocab], None if bias is None else bias[: factors.vocab]
-    if bias is not None and factors.hidden != 1:
-        bias = bias / factors.hidden  # Head scales hidden states and bias alike
-    return Head(hidden, weight, bias, scale=factors.hidden * factors.logits, softcap=factors.softcap)
+        hidden = lora_features(hidden, adapters, whole)
+    shaping = {"scale": factors.hidden * factors.logits, "softcap": factors.softcap}
+    parts = [own_weight, own_bias, *(x for lora in adapters for x in (lora.up, lora.up_bias))]
+    parts = [part for part in parts if part is not None]
+    # A whole tensor among them may be FSDP2's own, which it frees at will: then what was made of it is kept.
+    if all(is_dtensor(part) for part in parts):
+        return gathered_head(hidden, assemble, parts, **shaping)
+    return Head(hidden, *assemble(), **shaping)
 
 
 def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
