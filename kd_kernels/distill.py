@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from typing import NamedTuple, Optional
 
@@ -25,6 +26,7 @@ from kd_kernels.arguments import (
 from kd_kernels.backends import BackendUnavailable
 from kd_kernels.objectives import Objective
 from kd_kernels.ops.row_divergence import row_divergence
+from kd_kernels.regather import gathers_of, regathering_row_divergence
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
 
 __all__ = ["BackendUnavailable", "DistillationLoss", "Parts", "distill", "next_token_labels"]
@@ -126,6 +128,7 @@ def distill(
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes, logits_dtype)
     lead, device = student.leading_shape, student.tensors()[0].device
     check_sources(student, teacher, vocab)
+    gathers = gathers_of(student, teacher)  # before the sources are rebuilt without them
     sparse = isinstance(teacher, SparseTarget)
     if sparse:
         if teacher_grad:
@@ -157,7 +160,10 @@ def distill(
         valid, labels, weight, t_s, t_t, p0, p1 = (
             saveable(x) for x in (valid, labels, weight, t_s, t_t, p0, p1)
         )
-    loss, terms, *_ = row_divergence(
+    run = row_divergence
+    if deferred and any(gathers):
+        run = functools.partial(regathering_row_divergence, gathers)
+    loss, terms, *_ = run(
         *tensors,
         *(named if sparse else (None, None, "")),
         valid,

@@ -8,7 +8,7 @@ a softcap or an adapter would train towards another distribution without any sig
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -18,10 +18,12 @@ from kd_kernels.model_types import BY_HAND, factors_of
 from kd_kernels.output_layer import (
     TENSOR_PARALLEL,
     linear_layer,
+    lora_columns,
+    lora_features,
     ordinary,
     peft_class,
-    with_lora,
 )
+from kd_kernels.regather import gathered_head
 from kd_kernels.sources import Head, is_dtensor
 
 # --- the two public functions ---------------------------------------------------------------------------
@@ -39,27 +41,43 @@ def head_from_model(model: nn.Module, hidden: Tensor) -> Head:
     if is_dtensor(hidden):
         raise TypeError(f"{owner}: hidden is a DTensor; pass hidden.to_local() or hidden.full_tensor()")
 
-    def whole(name: str, tensor: Tensor) -> Tensor:
-        return ordinary(f"{owner}: the output layer's {name}", tensor, model, layer, hidden)
+    like = hidden.new_empty(0)  # a gathering backward must not keep the hidden states
 
-    weight = whole("weight", linear.weight)
-    if weight.shape[0] < linear.out_features:
-        raise ValueError(
-            f"{owner}: the output layer's weight has {weight.shape[0]} of its {linear.out_features} rows: it "
-            f"is sharded over the vocabulary. {TENSOR_PARALLEL}"
-        )
-    bias = None if linear.bias is None else whole("bias", linear.bias)
+    def whole(name: str, tensor: Tensor) -> Tensor:
+        return ordinary(f"{owner}: the output layer's {name}", tensor, model, layer, like)
+
+    # The tensors of now: FSDP2 puts others into the layer between forward and backward.
+    own_weight, own_bias = linear.weight, linear.bias
     constant = getattr(causal, factors.bias or "", None)
-    if constant is not None:
-        constant = constant.reshape(-1).to(weight.dtype)
-        bias = constant if bias is None else bias + constant
+
+    def assemble() -> tuple[Tensor, Optional[Tensor]]:
+        weight = whole("weight", own_weight)
+        if weight.shape[0] < linear.out_features:
+            raise ValueError(
+                f"{owner}: the output layer's weight has {weight.shape[0]} of its {linear.out_features} "
+                f"rows: it is sharded over the vocabulary. {TENSOR_PARALLEL}"
+            )
+        bias = None if own_bias is None else whole("bias", own_bias)
+        if constant is not None:
+            shift = constant.reshape(-1).to(weight.dtype)
+            bias = shift if bias is None else bias + shift
+        if adapters:
+            weight, bias = lora_columns(weight, bias, adapters, whole)
+        if factors.vocab is not None:
+            weight, bias = weight[: factors.vocab], None if bias is None else bias[: factors.vocab]
+        if bias is not None and factors.hidden != 1:
+            bias = bias / factors.hidden  # Head scales hidden states and bias alike
+        return weight, bias
+
     if adapters:
-        hidden, weight, bias = with_lora(hidden, weight, bias, adapters, whole)
-    if factors.vocab is not None:
-        weight, bias = weight[: factors.vocab], None if bias is None else bias[: factors.vocab]
-    if bias is not None and factors.hidden != 1:
-        bias = bias / factors.hidden  # Head scales hidden states and bias alike
-    return Head(hidden, weight, bias, scale=factors.hidden * factors.logits, softcap=factors.softcap)
+        hidden = lora_features(hidden, adapters, whole)
+    shaping = {"scale": factors.hidden * factors.logits, "softcap": factors.softcap}
+    parts = [own_weight, own_bias, *(x for lora in adapters for x in (lora.up, lora.up_bias))]
+    parts = [part for part in parts if part is not None]
+    # A whole tensor among them may be FSDP2's own, which it frees at will: then what was made of it is kept.
+    if all(is_dtensor(part) for part in parts):
+        return gathered_head(hidden, assemble, parts, **shaping)
+    return Head(hidden, *assemble(), **shaping)
 
 
 def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
@@ -82,20 +100,21 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
 
     Raises:
         ValueError: ``labels``; a model compiled as a whole (compile its backbone instead); a model type of
-            which :meth:`Head.from_model` does not know what it does to hidden states.
+            which :meth:`Head.from_model` does not know what it does to hidden states; a call within another
+            on the same output layer, or beside one in another thread.
         TypeError: not such a model.
 
-    The output layer's ``forward`` is replaced during the call: do not run one model from two threads, and
+    The output layer's ``forward`` is replaced during the call: do not use one model in two threads, and
     expect no logits in the output layer's forward hooks. DDP
     with ``find_unused_parameters=True`` counts an untied trained head as unused and fails: leave it False.
     """
     owner = "last_hidden_state"
-    if inputs.get("labels") is not None:
-        raise ValueError(f"{owner}: labels has no use here; pass it to kd.distill (see kd.next_token_labels)")
+    _refuse_labels(owner, inputs)
     causal, layer = _find(owner, model)
     _refuse_compiled(owner, model, causal)
     factor = factors_of(owner, causal).hidden
-    if inputs.get("use_cache") is None and "use_cache" in inspect.signature(type(causal).forward).parameters:
+    signature = inspect.signature(type(causal).forward)
+    if inputs.get("use_cache") is None and "use_cache" in signature.parameters:
         inputs["use_cache"] = False
     received: list[Tensor] = []
 
@@ -103,9 +122,12 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
         received.append(x)
         return x[..., :1]
 
-    run = causal.forward
-
     def forward(*args: Any, **kwargs: Any) -> Tensor:
+        try:  # only here is it known what the wrappers made of positional arguments
+            bound = signature.bind_partial(causal, *args, **kwargs).arguments
+        except TypeError:
+            bound = {}  # the model itself will say what is wrong
+        _refuse_labels(owner, bound)
         received.clear()
         with _replaced_forward(layer, no_logits):
             run(*args, **kwargs)
@@ -117,8 +139,33 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
         hidden = received.pop()
         return hidden if factor == 1 else hidden / factor
 
-    with _replaced_forward(causal, forward):
-        return model(*args, **inputs)
+    with _alone(owner, causal, layer):
+        run = causal.forward
+        with _replaced_forward(causal, forward):
+            return model(*args, **inputs)
+
+
+def _refuse_labels(owner: str, inputs: Mapping[str, Any]) -> None:
+    if inputs.get("labels") is not None:
+        raise ValueError(f"{owner}: labels has no use here; pass it to kd.distill (see kd.next_token_labels)")
+
+
+_replaced: dict[int, object] = {}  # by id of the output layer: the call that replaces its forward
+
+
+@contextmanager
+def _alone(owner: str, causal: nn.Module, layer: nn.Module) -> Iterator[None]:
+    """Two calls that replace one layer's forward would take each other's hidden states."""
+    mine = object()
+    if _replaced.setdefault(id(layer), mine) is not mine:  # one step, whatever the threads
+        raise ValueError(
+            f"{owner}: another call is running on this {type(causal).__name__}'s output layer, around this "
+            f"one or in another thread; make one call after the other, or give each thread its own copy"
+        )
+    try:
+        yield
+    finally:
+        del _replaced[id(layer)]
 
 
 # --- finding the output layer ---------------------------------------------------------------------------

@@ -20,9 +20,15 @@ def peft_class(module: nn.Module) -> Optional[type]:
 # --- adapters -------------------------------------------------------------------------------------------
 
 
+Whole = Callable[[str, Tensor], Tensor]  # (name, tensor as the layer has it) -> the whole tensor
+
+
 class Lora(NamedTuple):
-    down: nn.Linear
-    up: nn.Linear
+    """Tensors, not layers: FSDP2 puts other tensors into a layer between forward and backward."""
+
+    down: Tensor
+    up: Tensor
+    up_bias: Optional[Tensor]
     dropout: nn.Module
     scaling: float
 
@@ -84,32 +90,36 @@ def _active_lora(owner: str, layer: nn.Module) -> list[Lora]:
                 f"{owner}: adapter {name!r} on the output layer is {kind}, not plain LoRA, and is not "
                 f"covered; merge it, or leave the output layer out of its targets"
             )
-        scaling = layer.scaling[name]
-        adapters.append(Lora(layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], scaling))
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        lora = Lora(down.weight, up.weight, up.bias, layer.lora_dropout[name], layer.scaling[name])
+        adapters.append(lora)
     return adapters
 
 
-def with_lora(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    adapters: list[Lora],
-    whole: Callable[[str, Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """``h W' + s (dropout(h) A') B'`` as one product: ``[h, s dropout(h) A'] [W, B]'``.
+def lora_features(hidden: Tensor, adapters: list[Lora], whole: Whole) -> Tensor:
+    """The left side of ``h W' + s (dropout(h) A') B'`` as one product: ``[h, s dropout(h) A'] [W, B]'``.
 
     Adding ``s B A`` to ``W`` instead would round small updates away in bf16, and knows no dropout.
     """
-    features, columns = [hidden], [weight]
+    features = [hidden]
     for lora in adapters:
-        down = whole("lora_A", lora.down.weight)
+        down = whole("lora_A", lora.down)
         low = nn.functional.linear(lora.dropout(hidden.to(down.dtype)), down) * lora.scaling
         features.append(low.to(hidden.dtype))
-        columns.append(whole("lora_B", lora.up.weight).to(weight.dtype))
-        if lora.up.bias is not None:
-            shift = (whole("lora_B bias", lora.up.bias) * lora.scaling).to(weight.dtype)
+    return torch.cat(features, -1)
+
+
+def lora_columns(
+    weight: Tensor, bias: Optional[Tensor], adapters: list[Lora], whole: Whole
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The right side of that product, and the bias."""
+    columns = [weight]
+    for lora in adapters:
+        columns.append(whole("lora_B", lora.up).to(weight.dtype))
+        if lora.up_bias is not None:
+            shift = (whole("lora_B bias", lora.up_bias) * lora.scaling).to(weight.dtype)
             bias = shift if bias is None else bias + shift
-    return torch.cat(features, -1), torch.cat(columns, 1), bias
+    return torch.cat(columns, 1), bias
 
 
 # --- weights that are not whole, or not weights ---------------------------------------------------------

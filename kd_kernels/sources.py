@@ -125,9 +125,9 @@ class Head(_Shown):
         copy of the weight; ``modules_to_save`` is taken where it is active.
 
         FSDP2's sharded tensors are gathered here, once, so every rank must call this. Their gradients are
-        averaged over the ranks as FSDP2 does, and with ``reduction="none"`` the gathered weight is kept for
-        the backward; to have it gathered there again instead, put this call and :func:`distill` into
-        ``torch.utils.checkpoint.checkpoint``.
+        averaged over the ranks as FSDP2 does. A backward that recomputes the logits (``reduction="none"``)
+        does not keep them but gathers again, so every rank must call that too, before the optimizer's step;
+        between the two only a head that you hold keeps the weight whole.
 
         Args:
             model: has ``get_output_embeddings()`` and ``config``; the whole model as it is trained.

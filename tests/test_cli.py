@@ -151,6 +151,22 @@ def test_bench_refuses_to_time_what_is_wrong(main, monkeypatch, capsys):
     assert "NOT EQUAL" in out and "median" not in out
 
 
+def test_bench_weighs_itself_against_the_machine(main, monkeypatch, capsys):
+    """The bound is what inputs, products and the larger step need together, to the byte."""
+    shape = case(tokens=48, vocab=384, student=32, teacher=48, workspace_bytes=None)
+    inputs = 4 * (48 + 384) * (32 + 48)
+    products = 4 * (2 * 48 * 384 + (48 + 384) * 32)
+    found = plan.predict(shape)
+    needed = inputs + products + max(found[way]["peak_bytes"] for way in ("plain", "kd"))
+    monkeypatch.setattr(cli.bench, "measure", lambda *args: {"agrees": True})
+    monkeypatch.setattr(cli.bench, "memory_of", lambda device: needed)
+    assert main(["bench", *TINY, "--json"]) == 0
+    monkeypatch.setattr(cli.bench, "memory_of", lambda device: needed - 1)
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", *TINY, "--json"])
+    assert exit.value.code == 2 and "need 0.0 GiB, and cpu has 0.0" in capsys.readouterr().err
+
+
 # --- plan ---------------------------------------------------------------------------------------------
 
 
@@ -245,6 +261,12 @@ ERRORS = {
     "backend absent": (["bench", *TINY, "--backend", "cuda"], "--backend cuda: row_divergence on cpu"),
     "device absent": (["bench", *TINY, "--device", "cuda:99"], "torch sees"),
     "selftest device": (["selftest", "--device", "cuda:99"], "torch sees"),
+    "bench memory": (["bench", "--tokens", "1000000000000"], "give fewer --tokens or a smaller --vocab"),
+    "bench beyond": (["bench", "--tokens", "9" * 12, "--vocab", "9" * 12], "beyond any address space"),
+    "plan beyond": (
+        [*PLAN, "--tokens", "9" * 12, "--vocab", "9" * 12, "--workspace-bytes", "9" * 12],
+        "beyond any address space",
+    ),
     "plot folder": (["bench", *TINY, "--plot", "/nowhere/x.png"], "--plot"),
     "plot suffix": (["bench", *TINY, "--plot", "x.nonsense"], "--plot"),
     "absurd": (

@@ -281,6 +281,8 @@ REFUSED = {
     "automodel temperature": (lambda: automodel.KDLoss(temperature=0.0)(Z, Z, LABELS), ValueError, "temperature must be"),
     "modelopt tensor parallel": (lambda: modelopt.LogitsKLLoss(TWO_RANKS), ValueError, "tensor_model_parallel_size is 2"),
     "modelopt DTensor": (lambda: modelopt.LogitsKLLoss(None)(SHARDED[None], Z[None]), TypeError, "values is a DTensor"),
+    "modelopt teacher's tuple": (lambda: modelopt.LogitsKLLoss(None)(Z[None], (Z[None], None)), TypeError, "predictions is a Tensor and targets a tuple; give both"),
+    "modelopt student's tuple": (lambda: modelopt.LogitsKLLoss(None)((Z[None], None), Z[None]), TypeError, "predictions is a tuple and targets a Tensor; give both"),
     "modelopt reduction": (lambda: modelopt.LogitsDistillationLoss(reduction="avg"), ValueError, "reduction must be mean, batchmean, sum or none"),
     "modelopt trainer DTensor": (lambda: modelopt.standard_kd_loss(SHARDED, Z), TypeError, "values is a DTensor"),
     "modelopt hf DTensor": (lambda: modelopt.LogitsDistillationLoss()(Z, SHARDED), TypeError, "values is a DTensor"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
+import weakref
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,6 +154,80 @@ def check_gathered_again(world, rank, mesh):
     assert error(model.lm_head.weight.grad.full_tensor(), gradients["lm_head.weight"]) < 1e-5
 
 
+def check_released_between(world, rank, mesh):
+    """Without a checkpoint: gone after the forward, student's and teacher's, and back in the backward. All
+    other saved tensors go through the caller's hooks."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    packed = []
+
+    def note(tensor):
+        packed.append(tensor.shape)
+        return tensor
+
+    for student_grad, teacher_grad, reduction in (
+        ("all", False, "none"),
+        ("hidden", False, "none"),
+        ("all", True, "none"),
+        ("all", True, "mean"),
+    ):
+        results = []
+        for split in (False, True):
+            packed.clear()
+            torch.manual_seed(3)
+            models = [toy(), Toy()]
+            if student_grad == "hidden":
+                models[0].lm_head.requires_grad_(False)
+            if split:
+                for model in models:
+                    sharded(model, model.lm_head, mesh=mesh)
+            hidden = [kd.last_hidden_state(model, input_ids=batch(0)[0]) for model in models]
+            heads = [kd.Head.from_model(*pair) for pair in zip(models, hidden)]
+            weights = [weakref.ref(head.weight) for head in heads]
+            with saved_tensors_hooks(note, lambda x: x):
+                loss, parts = kd.distill(
+                    *heads, OBJECTIVE, reduction=reduction, teacher_grad=teacher_grad, return_parts=True
+                )
+            del heads
+            if reduction == "none":
+                assert (2, 5, WIDTH) in packed and ((VOCAB, WIDTH) in packed) == (not split)
+            if split:
+                assert [weight() for weight in weights] == [None, None]
+            total = (loss * torch.arange(1.0, 11).view(2, 5)).sum()
+            for _ in range(2):
+                total.backward(retain_graph=True)
+            with pytest.raises(RuntimeError, match="double backward"):
+                torch.autograd.grad(total, hidden[0], create_graph=True)[0].sum().backward()
+            results.append(
+                [total.detach(), parts.soft]
+                + [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                   for model in models for p in model.parameters() if p.grad is not None]
+            )  # fmt: skip
+        whole, split = results
+        assert len(whole) == len(split) == 2 + 9 * (1 + teacher_grad) - 2 * (student_grad == "hidden")
+        assert all(error(b, a) < 1e-5 for a, b in zip(whole, split))
+
+
+def check_changed_between(world, rank, mesh):
+    """What is gathered again must be what the forward saw, as for a weight that autograd saved."""
+    model = toy()
+    sharded(model, model.lm_head, mesh=mesh)
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (loss_of(model, rank, "none") for _ in range(2))
+    first.backward()
+    step.step()
+    with pytest.raises(RuntimeError, match="output layer was changed in place"):
+        second.backward()
+    held = kd.Head.from_model(model, torch.randn(2, 5, WIDTH, requires_grad=True))
+    other = dataclasses.replace(held, weight=2 * held.weight.detach())
+    expected = kd.distill(
+        kd.Head(held.hidden, other.weight, held.bias), batch(0)[1], OBJECTIVE, reduction="none"
+    )
+    value = kd.distill(other, batch(0)[1], OBJECTIVE, reduction="none")
+    (a,), (b,) = (torch.autograd.grad(x.sum(), held.hidden) for x in (value, expected))
+    assert torch.equal(a, b)
+
+
 def check_hybrid(world, rank, mesh):
     model = toy()
     hybrid = dist.init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
@@ -216,11 +292,11 @@ def check_peft(world, rank, mesh):
     whole = adapted()
     sum(loss_of(whole, r) for r in range(world)).div(world).backward()
     exact = {name: p.grad for name, p in whole.named_parameters() if p.requires_grad}
-    for own in (False, True):
+    for own, reduction in ((False, "mean"), (True, "mean"), (True, "none")):
         model = adapted()
         inner = model.get_base_model()
         sharded(inner, *([inner.lm_head] if own else []), mesh=mesh)
-        loss_of(model, rank).backward()
+        loss_of(model, rank, reduction).backward()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert set(trained) == set(exact) and len(exact) == 6
         for name, p in trained.items():

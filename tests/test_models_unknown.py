@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -193,3 +194,56 @@ def test_bad_inputs():
     model.forward = lambda input_ids: model.lm_head(model.lm_head(torch.randn(3, 8)).expand(3, 8))
     with pytest.raises(ValueError, match="called its output layer 2 times"):
         kd.last_hidden_state(model, input_ids=torch.arange(3))
+
+
+def test_labels_by_position_are_refused():
+    class Labelled(Unknown):
+        def forward(self, input_ids, labels=None):
+            return super().forward(input_ids)
+
+    model, ids = Labelled(), torch.arange(3)
+    for wrapped in (model, Wrapped(model)):
+        assert torch.equal(kd.last_hidden_state(wrapped, ids, None), model.body(ids))
+        with pytest.raises(ValueError, match="labels has no use here"):
+            kd.last_hidden_state(wrapped, ids, ids)
+    with pytest.raises(TypeError, match="takes from 2 to 3 positional arguments but 4 were given"):
+        kd.last_hidden_state(model, ids, None, None)
+
+
+class Wrapped(nn.Module):
+    """As DDP is one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("threads", [False, True], ids=["nested", "two threads"])
+def test_one_call_at_a_time(threads):
+    model, ids = Unknown(), torch.arange(3)
+    errors = []
+
+    def second():
+        with pytest.raises(
+            ValueError, match="another call is running on this Unknown's output layer"
+        ) as info:
+            kd.last_hidden_state(model, input_ids=ids)
+        errors.append(info)
+
+    def meanwhile(*_):
+        if threads:
+            thread = Thread(target=second)
+            thread.start()
+            thread.join()
+        else:
+            second()
+
+    handle = model.body.register_forward_hook(meanwhile)
+    assert torch.equal(kd.last_hidden_state(model, input_ids=ids), model.body.weight[:3])
+    assert len(errors) == 1
+    handle.remove()
+    assert torch.equal(kd.last_hidden_state(model, input_ids=ids), model.body.weight[:3])
+    assert "forward" not in vars(model) and "forward" not in vars(model.lm_head)

@@ -23,7 +23,8 @@ import torch
 from kd_kernels.backends import pick
 from kd_kernels.cli.common import Progress, UsageError, add_case, count, emit, need_device
 from kd_kernels.cli.info import device_name
-from kd_kernels.cli.memory import in_subprocess, step_of
+from kd_kernels.cli.memory import in_subprocess, memory_of, step_of
+from kd_kernels.cli.plan import predict
 from kd_kernels.cli.workload import Case, Floor, Inputs, kd_step, plain_step
 from kd_kernels.version import __version__
 
@@ -152,6 +153,22 @@ def measure(case: Case, compiled: bool, rounds: int, memory: bool) -> dict[str, 
     return found
 
 
+def need_memory(case: Case) -> None:
+    """Raise where the planned steps do not fit this machine, before anything is allocated."""
+    found = predict(case)
+    inputs = Inputs.of(case, "meta")
+    floor = Floor(case, inputs)
+    held = [*inputs.tensors(), floor.student, floor.teacher, floor.d_hidden, floor.d_weight]
+    step = max(found["plain"]["peak_bytes"], found["kd"]["peak_bytes"])
+    needed, there = sum(x.nbytes for x in held if x is not None) + step, memory_of(torch.device(case.device))
+    if needed > there:
+        raise UsageError(
+            f"{case.label}: inputs, bare products and plain torch need {needed / 2**30:.1f} GiB, and "
+            f"{case.device} has {there / 2**30:.1f}; give fewer --tokens or a smaller --vocab "
+            f"(python -m kd_kernels plan predicts a step without running it)"
+        )
+
+
 def show(case: Case, found: dict[str, Any]) -> None:
     where = found["environment"]
     print(case.label)
@@ -225,8 +242,9 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--plot: {args.plot.absolute().parent} cannot be written to")
     case = Case.of(args)
     try:
+        need_memory(case)
         found = measure(case, args.compile, args.rounds, not args.no_memory)
-    except ValueError as error:  # a workspace that holds no row
+    except ValueError as error:  # a workspace that holds no row, a step that no memory does
         raise UsageError(str(error)) from None
     if args.json:
         emit(found)

@@ -71,6 +71,13 @@ def _resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has in all, in use or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def in_subprocess(way: str, case: Case) -> dict[str, Any]:
     """``{"peak_bytes": ...}`` of a fresh process, or ``{"failure": ...}``."""
     request = {"way": way, "threads": torch.get_num_threads(), "case": dataclasses.asdict(case)}

@@ -127,7 +127,13 @@ def fused(case: Case) -> tuple[Chunking, str, dict[str, int]]:
 
 
 def predict(case: Case) -> dict[str, Any]:
-    """Everything that ``plan`` prints, as plain data; bytes are above the inputs'."""
+    """Everything that ``plan`` prints, as plain data; bytes are above the inputs'.
+
+    Raises:
+        ValueError: a workspace that holds no row; matrices that no address space holds.
+    """
+    if max(case.tokens, case.vocab) * max(case.vocab, case.student, case.teacher) * 8 >= 1 << 63:
+        raise ValueError(f"matrices of {case.label} are beyond any address space; give smaller numbers")
     cut, backend, memory = fused(case)
     inputs = Inputs.of(case, "meta")
     plain = trace(lambda: plain_step(case, inputs), inputs.tensors())
@@ -171,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     case = Case.of(args)
     try:
         found = predict(case)
-    except ValueError as error:  # a workspace that holds no row
+    except ValueError as error:
         raise UsageError(str(error)) from None
     if args.json:
         emit(found)

@@ -37,8 +37,13 @@ class LogitsKLLoss(torch.nn.Module):
         self._reverse = reverse
 
     def forward(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, bool, bool]:
-        """Student's and teacher's logits ``[s, b, V]`` (or tuples that begin with them, as a
+        """Student's and teacher's logits ``[s, b, V]`` (or both as tuples that begin with them, as a
         ``ColumnParallelLinear`` returns); ``(loss [b, s], tp_reduce=True, is_sequence_parallel=False)``."""
+        if isinstance(predictions, tuple) != isinstance(targets, tuple):
+            raise TypeError(
+                f"LogitsKLLoss: predictions is a {type(predictions).__name__} and targets a "
+                f"{type(targets).__name__}; give both as logits, or both as tuples that begin with them"
+            )
         if isinstance(predictions, tuple):
             predictions, targets = predictions[0], targets[0]
         loss = distill(
