@@ -52,3 +52,49 @@ def test_within_workspace_and_64_mib(dtypes, reduction):
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) <= 64 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"
+
+
+_ONE_MODEL = """
+import sys, torch, kd_kernels as kd
+from pathlib import Path
+call, dtype = sys.argv[1], eval(sys.argv[2])
+torch.set_num_threads(2)
+tokens, vocab, workspace, k = 1500, 32000, 48 << 20, 32
+
+def status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+
+def step(n, v):
+    h, w = torch.randn(n, 64).to(dtype), torch.randn(v, 64).to(dtype) / 8
+    head = kd.Head(h.requires_grad_(), w.requires_grad_())
+    ids = torch.randint(v, (n, k))
+    target = kd.SparseTarget(ids, torch.randn(n, 2 * k).log_softmax(1)[:, :k])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    if call == "sparse":
+        loss = kd.distill(head, target, kd.JensenShannon(), labels=ids[:, 0], hard_weight=0.5,
+                          workspace_bytes=workspace)
+        loss.backward()
+    elif call == "logprobs":
+        logprobs, entropy = kd.linear_logprobs(head, ids, entropy=True, workspace_bytes=workspace)
+        (logprobs.sum() + entropy.sum()).backward()
+    else:
+        kd.linear_topk(head, k, samples=20, seed=1, targets=ids[:, 0], workspace_bytes=workspace)
+    weight = 0 if call == "topk" else v * 64
+    return status("VmHWM") - before - weight * (4 + dtype.itemsize) - n * 64 * dtype.itemsize * 2
+
+step(8, 500)  # libraries load and make their pools
+kd.release_workspace()
+print(step(tokens, vocab) - workspace)
+"""
+
+
+@pytest.mark.parametrize("call", ["sparse", "logprobs", "topk"])
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_one_model_within_workspace_and_24_mib(call, dtype):
+    """What is kept per saved entry, some ten float64 numbers of a chunk, is in the 24 MiB too."""
+    run = subprocess.run([sys.executable, "-c", _ONE_MODEL, call, dtype], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= 24 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"
