@@ -1,0 +1,189 @@
+"""Reading: an index from the journals, shards mapped and checked when first touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from kd_kernels.cache import layout
+from kd_kernels.cache.checks import check_size, load
+from kd_kernels.cache.errors import CacheError, arrow
+from kd_kernels.cache.manifest import Manifest, Shard, journals, read_journal, read_manifest, unlisted
+from kd_kernels.cache.record import TeacherRecord
+from kd_kernels.cache.writer import CacheWriter
+
+
+class TeacherCache:
+    """A teacher on disk: ``cache[sequence_id]`` is a :class:`TeacherRecord`, bit for bit as it was written.
+
+    A directory of Arrow files that ``datasets.Dataset.from_file`` opens, memory-mapped; JSON beside them, and
+    no pickle. Made by :meth:`create`, read by :meth:`open`. May be shared by forked processes, and sent to
+    spawned ones, which open it again.
+
+    Attributes:
+        path: the directory.
+        manifest: model, vocab_size, k, temperature, samples and dtype.
+        shards: what the journals list.
+    """
+
+    def __init__(self, path: Path) -> None:
+        arrow()
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        self.shards: list[Shard] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        for journal in journals(path):
+            for shard in read_journal(journal, self.manifest)[0]:
+                check_size(path / shard.name, shard)
+                self._list(journal, shard)
+        self._loaded: dict[int, dict[str, Tensor]] = {}
+        self._starts: dict[int, list[int]] = {}
+
+    @classmethod
+    def open(cls, path: Union[str, PathLike]) -> TeacherCache:
+        """
+        Raises:
+            CacheError: no cache, or a damaged one. Each shard's checksum is verified when it is first read;
+                :meth:`verify` does so at once.
+            ImportError: pyarrow is not installed.
+        """
+        return cls(Path(path))
+
+    @staticmethod
+    def create(
+        path: Union[str, PathLike],
+        *,
+        model: str,
+        vocab_size: int,
+        k: int,
+        temperature: Union[float, list[float], tuple[float, ...]] = 1.0,
+        samples: int = 0,
+        dtype: str = "float32",
+        rank: Optional[int] = None,
+        shard_bytes: int = 64 << 20,
+        total: Optional[int] = None,
+    ) -> CacheWriter:
+        """Begin a cache, or go on with the one at ``path``.
+
+        Args:
+            path: the directory; made where it is not there.
+            model: the teacher's name, for people.
+            vocab_size, k, temperature, samples: as in the :func:`kd_kernels.linear_topk` calls to come.
+            dtype: of saved logits: ``"float32"`` or ``"float64"`` keep them bit for bit; ``"float16"`` takes
+                six bytes for an entry instead of eight, and keeps differences from the largest logit to 1
+                part in 2000.
+            rank: number of this writing process, other than that of every other one. None: the rank in
+                torch.distributed, 0 without it.
+            shard_bytes: size of a file, and about what a kill can lose.
+            total: number of sequences to come, for the progress line on stderr.
+
+        Raises:
+            CacheError: a cache of other contents is there; or another process writes as this rank; or an
+                argument that makes no cache.
+            ImportError: pyarrow is not installed.
+        """
+        if rank is None:
+            on = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if on else 0
+        manifest = Manifest(model, vocab_size, k, temperature, samples, dtype)
+        return CacheWriter(Path(path), manifest, rank, shard_bytes, total)
+
+    def __getitem__(self, sequence_id: Union[str, int]) -> TeacherRecord:
+        """
+        Raises:
+            KeyError: no such sequence.
+            CacheError: its shard is damaged.
+        """
+        number, row = self._places[_key(sequence_id)]
+        columns = self._shard(number)
+        start = self._starts[number][row]
+        stop = start + self.shards[number].lengths[row]
+        # Copies, so that nothing of the caller's hangs on a mapped file.
+        found = {name: columns[name][start:stop].clone() for name in layout.columns(self.manifest)}
+        ids, counts = _draws(columns, start, stop, self.manifest.samples)
+        return TeacherRecord(
+            found.get("ids"),
+            found.get("logits"),
+            found["lse"],
+            found["log_tail_mass"],
+            ids,
+            counts,
+            self.manifest.temperature,
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        """Sequence ids in the order in which they were written, by rank."""
+        return iter(self._places)
+
+    def __contains__(self, sequence_id: object) -> bool:
+        return isinstance(sequence_id, (str, int)) and _key(sequence_id) in self._places
+
+    def length(self, sequence_id: Union[str, int]) -> int:
+        """Tokens of a sequence, without reading it."""
+        number, row = self._places[_key(sequence_id)]
+        return self.shards[number].lengths[row]
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(shard.lengths) for shard in self.shards)
+
+    def verify(self, shard: Shard) -> None:
+        """Read and check one of ``shards`` whole, whatever was checked before.
+
+        Raises:
+            CacheError: it is damaged.
+        """
+        load(self.path / shard.name, shard, self.manifest)
+
+    def unlisted(self) -> list[str]:
+        """Files that are no part of the cache: what killed writers left."""
+        return unlisted(self.path, self.shards)
+
+    def __reduce__(self) -> tuple:
+        return TeacherCache.open, (self.path,)
+
+    def _list(self, journal: Path, shard: Shard) -> None:
+        self.shards.append(shard)
+        for row, sequence_id in enumerate(shard.ids):
+            if sequence_id in self._places:
+                other = self.shards[self._places[sequence_id][0]].name
+                raise CacheError(
+                    f"{journal}: ids: sequence {sequence_id!r} is twice in the cache, in {other} and in "
+                    f"{shard.name}"
+                )
+            self._places[sequence_id] = (len(self.shards) - 1, row)
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._loaded:
+            shard = self.shards[number]
+            self._starts[number] = torch.tensor([0, *shard.lengths]).cumsum(0).tolist()
+            self._loaded[number] = load(self.path / shard.name, shard, self.manifest)
+        return self._loaded[number]
+
+
+def _key(sequence_id: Union[str, int]) -> str:
+    return sequence_id if isinstance(sequence_id, str) else str(sequence_id)
+
+
+def _draws(
+    columns: dict[str, Tensor], start: int, stop: int, samples: int
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Ids and counts ``[tokens, samples]``, filled up with -1 and 0."""
+    if not samples:
+        return None, None
+    ends = columns["sample_ends"][start : stop + 1]
+    first, last = int(ends[0]), int(ends[-1])
+    used = torch.arange(samples) < ends.diff()[:, None]
+    ids = torch.full(used.shape, -1, dtype=torch.int32)
+    counts = torch.zeros(used.shape, dtype=torch.int32)
+    ids[used] = columns["sample_ids"][first:last]
+    counts[used] = columns["sample_counts"][first:last].to(torch.int32)
+    return ids, counts

@@ -1,0 +1,374 @@
+"""Teachers on disk: what is written is read back, and nothing else is."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from caches import FIELDS, K, SAMPLES, VOCAB, assert_same, create, records, teacher, write
+
+import kd_kernels as kd
+from kd_kernels.cache.manifest import append_durably, seal
+
+pytest.importorskip("pyarrow", reason="a teacher cache is made of Arrow files")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, (1.0, 2.0), (3.0,)])
+def test_bit_for_bit(tmp_path, dtype, temperature):
+    written = records(9, temperature=temperature, dtype=getattr(torch, dtype))
+    cache = write(tmp_path, written, temperature=temperature, dtype=dtype)
+    assert list(cache) == list(written) and len(cache) == 9 and len(cache.shards) > 1
+    assert cache.tokens == sum(len(record.lse) for record in written.values())
+    for name in reversed(written):  # in any order
+        assert_same(cache[name], written[name])
+        assert cache.length(name) == len(written[name].lse)
+    assert cache.unlisted() == []
+
+
+@pytest.mark.parametrize("k, samples", [(K, 0), (0, SAMPLES), (VOCAB, 300)])
+def test_parts_alone(tmp_path, k, samples):
+    """Only a top-K, only draws; the whole vocabulary, and more draws than a byte counts."""
+    written = records(3, k=k, samples=samples)
+    cache = write(tmp_path, written, k=k, samples=samples)
+    for name, record in written.items():
+        if not k:
+            record = record._replace(ids=None, logits=None)
+        assert_same(cache[name], record)
+    if not k:
+        with pytest.raises(ValueError, match="k = 0"):
+            cache["sequence 0"].target()
+    if not samples:
+        with pytest.raises(ValueError, match="samples = 0"):
+            cache["sequence 0"].sampled()
+
+
+def test_float16(tmp_path):
+    """Log-probabilities to 1 part in 2000 of their distance from the largest, wherever the logits lie."""
+    written = records(4, temperature=(1.0, 2.0))
+    cache = write(tmp_path, written, temperature=[1.0, 2.0], dtype="float16")
+    for name, record in written.items():
+        found = cache[name]
+        assert found.logits.dtype == torch.float16 and found.logits.max() == 0
+        for index, temperature in enumerate((1.0, 2.0)):
+            ours, exact = found.target(index=index), record.target(index=index)
+            assert ours.temperature == exact.temperature
+            assert torch.equal(ours.ids, exact.ids)
+            gap = (exact.logprobs[:, :1] - exact.logprobs).abs()
+            assert ((ours.logprobs - exact.logprobs).abs() <= gap / 2000 + 4e-6).all()
+            assert torch.equal(ours.log_tail_mass, exact.log_tail_mass)
+
+
+@pytest.mark.parametrize("missing", ["tail", "teacher_renorm", "renorm_both"])
+def test_the_loss_is_that_of_the_teacher(tmp_path, missing):
+    record = teacher(7, 0, temperature=2.0)
+    found = write(tmp_path, {"a": record}, temperature=2.0)["a"]
+    student = torch.randn(7, VOCAB)
+    loss = kd.distill(student, found.target(missing), kd.ForwardKL(), temperature=2.0)
+    assert loss == kd.distill(student, record.target(missing), kd.ForwardKL(), temperature=2.0)
+    drawn = kd.distill(student, found.sampled(), kd.ForwardKL(), temperature=2.0)
+    assert drawn == kd.distill(student, record.sampled(), kd.ForwardKL(), temperature=2.0)
+
+
+def test_broken_and_short_rows(tmp_path):
+    """NaN, +inf, fewer than k finite, and no tokens at all, as they were."""
+    logits = torch.randn(4, VOCAB)
+    logits[0, 3], logits[1, 5], logits[2, 2:], logits[3] = float("nan"), float("inf"), -float("inf"), 0.0
+    record = kd.linear_topk(logits, K, samples=SAMPLES, seed=0)
+    empty = kd.linear_topk(logits[:0], K, samples=SAMPLES, seed=0)
+    cache = write(tmp_path, {"a": record, "none": empty})
+    assert_same(cache["a"], record)
+    assert_same(cache["none"], empty)
+    assert (record.ids[2] == -1).any()
+    half = write(tmp_path / "half", {"a": record, "none": empty}, dtype="float16")["a"]
+    assert torch.equal(half.target().logprobs[3], record.target().logprobs[3])
+    assert torch.equal(half.ids, record.ids) and len(half.logits) == 4
+
+
+def test_batches(tmp_path):
+    logits = torch.randn(3, 6, VOCAB)
+    saved = kd.linear_topk(logits, K, samples=SAMPLES, seed=3)
+    with create(tmp_path) as writer:
+        writer.append_batch([10, 11, 12], saved, [6, 2, 4])
+        with pytest.raises(ValueError, match="as many sequences"):
+            writer.append_batch([1], saved, [6, 2, 4])
+        with pytest.raises(ValueError, match=r"lengths\[1\] must be in \[0, 6\], got 7"):
+            writer.append_batch([20, 21, 22], saved, [6, 7, 4])
+    cache = kd.TeacherCache.open(tmp_path)
+    assert cache.length(11) == 2 and 12 in cache and "12" in cache and 13 not in cache
+    for name in FIELDS:
+        assert torch.equal(getattr(cache[12], name), getattr(saved, name)[2, :4]), name
+
+
+def test_datasets_opens_a_shard(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    written = records(4)
+    cache = write(tmp_path, written)
+    opened = datasets.Dataset.from_file(str(tmp_path / cache.shards[0].name))
+    row, record = opened[0], written[opened[0]["sequence_id"]]
+    assert row["length"] == len(record.lse)
+    assert torch.equal(torch.tensor(row["ids"]), record.ids.long())
+    assert torch.equal(torch.tensor(row["logits"]), record.logits)
+    assert [pair["id"] for pair in row["samples"][0]] == [i for i in record.sample_ids[0].tolist() if i >= 0]
+
+
+def test_no_pickle_and_no_pyarrow_before_it_is_used(tmp_path):
+    code = "import sys, kd_kernels; assert 'pyarrow' not in sys.modules and 'datasets' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": sys.path[0]})
+    write(tmp_path, records(2))
+    for file in tmp_path.iterdir():
+        assert file.suffix in (".json", ".jsonl", ".arrow")
+        if file.suffix != ".arrow":
+            for line in file.read_text().splitlines():
+                json.loads(line)
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'kd-kernels\[cache\]'"):
+        create(tmp_path)
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+def test_resumes(tmp_path):
+    written = records(10)
+    names = list(written)
+    with create(tmp_path) as writer:
+        for name in names[:4]:
+            writer.append(name, written[name])
+        writer.flush()
+        assert writer.committed == set(names[:4])
+        with pytest.raises(ValueError, match="'sequence 2' is in the cache already"):
+            writer.append("sequence 2", written["sequence 2"])
+    with create(tmp_path) as writer:
+        assert [name for name in names if name in writer] == names[:4]
+        for name in names:
+            if name not in writer:
+                writer.append(name, written[name])
+    cache = kd.TeacherCache.open(tmp_path)
+    for name in names:
+        assert_same(cache[name], written[name])
+    with pytest.raises(ValueError, match="closed"):
+        writer.append("late", written["sequence 0"])
+
+
+def test_an_exception_loses_nothing(tmp_path):
+    written = records(2)
+    with pytest.raises(RuntimeError, match="the teacher failed"):
+        with create(tmp_path, shard_bytes=1 << 20) as writer:
+            writer.append("a", written["sequence 0"])
+            raise RuntimeError("the teacher failed")
+    assert_same(kd.TeacherCache.open(tmp_path)["a"], written["sequence 0"])
+
+
+@pytest.mark.parametrize(
+    "field, value", [("model", "other"), ("vocab_size", 98), ("temperature", 2.0), ("k", 5), ("samples", 0)]
+)
+def test_another_cache_is_there(tmp_path, field, value):
+    write(tmp_path, records(1))
+    with pytest.raises(kd.CacheError, match=f"manifest.json: {field} is .* in the cache that is there"):
+        create(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model", 3),
+        ("vocab_size", 0),
+        ("k", VOCAB + 1),
+        ("samples", -1),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("temperature", []),
+        ("dtype", "int8"),
+    ],
+)
+def test_no_such_cache(tmp_path, field, value):
+    with pytest.raises(kd.CacheError, match=f"^{field} must be"):
+        create(tmp_path, **{field: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r._replace(ids=r.ids + VOCAB), r"ids must be in \[-1, 97\)"),
+        (lambda r: r._replace(ids=r.ids[:, :3]), r"ids must be \(5, 6\).*got \(5, 3\)"),
+        (lambda r: r._replace(lse=r.lse[:3]), r"ids must be \(3, 6\)"),
+        (lambda r: r._replace(sample_ids=None), r"sample_ids and sample_counts must be \(5, 12\); got None"),
+        (lambda r: r._replace(sample_counts=r.sample_counts * 0), r"sample_counts must be in \[1, 12\]"),
+        (lambda r: r._replace(temperature=2.0), "made at temperature 2.0, the cache is of 1.0"),
+        (lambda r: r._replace(temperature=(1.0,)), r"made at temperature \(1.0,\)"),
+    ],
+)
+def test_records_that_do_not_fit(tmp_path, change, message):
+    with create(tmp_path) as writer:
+        with pytest.raises(ValueError, match=message):
+            writer.append("a", change(teacher(5, 0)))
+        with pytest.raises(TypeError, match="sequence_id must be a string or an int, got float"):
+            writer.append(1.5, teacher(5, 0))
+        assert "a" not in writer
+
+
+def _write_as(path, rank, names):
+    torch.set_num_threads(1)
+    with create(path, rank=rank, shard_bytes=600) as writer:
+        for name in names:
+            writer.append(name, teacher(3, int(name)))
+
+
+def test_several_processes(tmp_path):
+    """At once, from the making of the directory on."""
+    fork = multiprocessing.get_context("fork")
+    path = tmp_path / "new" / "cache"
+    processes = [
+        fork.Process(target=_write_as, args=(path, rank, [str(i) for i in range(rank, 12, 3)]))
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    cache = kd.TeacherCache.open(path)
+    assert sorted(cache, key=int) == [str(i) for i in range(12)] and cache.unlisted() == []
+    for i in range(12):
+        assert_same(cache[i], teacher(3, i))
+
+
+def test_one_rank_has_one_writer(tmp_path):
+    with create(tmp_path, rank=4):
+        with pytest.raises(kd.CacheError, match="shards-00004.jsonl: another process is writing as this rank"):
+            create(tmp_path, rank=4)
+    create(tmp_path, rank=4).close()
+
+
+def test_a_sequence_written_twice(tmp_path):
+    """Two ranks that each did not know of the other."""
+    with create(tmp_path, rank=0) as one, create(tmp_path, rank=1) as two:
+        one.append("a", teacher(3, 0))
+        two.append("a", teacher(3, 1))
+    with pytest.raises(kd.CacheError, match="sequence 'a' is twice in the cache, in shard-00000-.* shard-00001"):
+        kd.TeacherCache.open(tmp_path)
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+
+def test_no_cache(tmp_path):
+    with pytest.raises(kd.CacheError, match="not a teacher cache: it has no manifest.json"):
+        kd.TeacherCache.open(tmp_path)
+    cache = write(tmp_path, records(1))
+    with pytest.raises(KeyError, match="nowhere"):
+        cache["nowhere"]
+
+
+def test_records_are_the_readers_own(tmp_path):
+    written = teacher(4, 0)
+    cache = write(tmp_path, {"a": written})
+    for name in FIELDS:
+        getattr(cache["a"], name).zero_()
+    assert_same(cache["a"], written)
+
+
+def _first_shard(path):
+    return path / "shard-00000-000000.arrow"
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_flip, "crc32 is not the one in its journal"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-8]), "bytes, its journal says"),
+        (lambda file: file.unlink(), "listed in its journal, but is not there"),
+    ],
+)
+def test_damaged_shards(tmp_path, damage, message):
+    write(tmp_path, records(1))
+    damage(_first_shard(tmp_path))
+    with pytest.raises(kd.CacheError, match=rf"{_first_shard(tmp_path).name}: .*{message}"):
+        kd.TeacherCache.open(tmp_path)["sequence 0"]
+
+
+def test_a_shard_of_another_cache(tmp_path):
+    """Its checksum put right: what a hostile writer could do."""
+    from hostile import relist
+
+    write(tmp_path / "a", records(1))
+    write(tmp_path / "b", records(1), model="another")
+    _first_shard(tmp_path / "a").write_bytes(_first_shard(tmp_path / "b").read_bytes())
+    relist(tmp_path / "a")
+    with pytest.raises(kd.CacheError, match="metadata kd_teacher_cache is not that of the manifest"):
+        kd.TeacherCache.open(tmp_path / "a")["sequence 0"]
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (b'"vocab_size":97', b'"vocab_size":98', "manifest.json: the checksum of the manifest"),
+        (b'"temperature":1.0', b'"temperature":2.0', "manifest.json: the checksum of the manifest"),
+        (b'{"content"', b'["content"', "manifest.json: the manifest is not JSON"),
+        (b'"content"', b'"contents"', "manifest.json: the manifest is not an object of content and sha256"),
+    ],
+)
+def test_damaged_manifest(tmp_path, old, new, message):
+    write(tmp_path, records(1))
+    file = tmp_path / "manifest.json"
+    assert old in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(old, new))
+    with pytest.raises(kd.CacheError, match=message):
+        kd.TeacherCache.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"version": 2}, "manifest.json: version is 2, and this kd_kernels reads 1"),
+        ({"format": "other"}, "manifest.json: format is not 'kd-teacher-cache'"),
+        ({"more": 1}, "manifest.json: the manifest has the fields .*more"),
+        ({"vocab_size": 3}, r"manifest.json: k must be an integer in \[0, 3\], got 6"),
+        ({"temperature": ["a"]}, "manifest.json: temperature must be a number > 0"),
+    ],
+)
+def test_manifests_of_others(tmp_path, change, message):
+    write(tmp_path, records(1))
+    file = tmp_path / "manifest.json"
+    content = json.loads(file.read_bytes())["content"]
+    file.write_bytes(seal({**content, **change}))
+    with pytest.raises(kd.CacheError, match=message):
+        kd.TeacherCache.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": "../../etc/passwd"}, "line 1: name is '../../etc/passwd' where 'shard-00000-000000.arrow'"),
+        ({"lengths": [1 << 40]}, "line 1: lengths add up to 1099511627776 tokens, which do not fit"),
+        ({"lengths": [-3]}, "line 1: lengths is not a list of 1 lengths"),
+        ({"lengths": [4]}, "shard-00000-000000.arrow: length does not hold the lengths"),
+        ({"ids": ["b"]}, "shard-00000-000000.arrow: sequence_id does not hold the sequences"),
+        ({"ids": [3]}, "line 1: ids is not a list of strings"),
+        ({"bytes": 10}, "line 1: lengths add up to 3 tokens, which do not fit"),
+        ({"crc32": "x"}, "line 1: crc32 is not a checksum"),
+    ],
+)
+def test_hostile_journals(tmp_path, change, message):
+    write(tmp_path, records(1))
+    file = tmp_path / "shards-00000.jsonl"
+    content = json.loads(file.read_bytes())["content"]
+    append_durably(file, 0, seal({**content, **change}) + b"\n")
+    with pytest.raises(kd.CacheError, match=message):
+        cache = kd.TeacherCache.open(tmp_path)
+        for name in cache:
+            cache[name]
