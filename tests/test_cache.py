@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from caches import FIELDS, K, SAMPLES, VOCAB, assert_same, create, records, teacher, write
+from caches import FIELDS, SAMPLES, VOCAB, K, assert_same, create, records, teacher, write
 
 import kd_kernels as kd
 from kd_kernels.cache.manifest import append_durably, seal
@@ -55,7 +55,7 @@ def test_float16(tmp_path):
         assert found.logits.dtype == torch.float16 and found.logits.max() == 0
         for index, temperature in enumerate((1.0, 2.0)):
             ours, exact = found.target(index=index), record.target(index=index)
-            assert ours.temperature == exact.temperature
+            assert ours.temperature == exact.temperature == temperature
             assert torch.equal(ours.ids, exact.ids)
             gap = (exact.logprobs[:, :1] - exact.logprobs).abs()
             assert ((ours.logprobs - exact.logprobs).abs() <= gap / 2000 + 4e-6).all()
@@ -243,7 +243,9 @@ def test_several_processes(tmp_path):
 
 def test_one_rank_has_one_writer(tmp_path):
     with create(tmp_path, rank=4):
-        with pytest.raises(kd.CacheError, match="shards-00004.jsonl: another process is writing as this rank"):
+        with pytest.raises(
+            kd.CacheError, match="shards-00004.jsonl: another process is writing as this rank"
+        ):
             create(tmp_path, rank=4)
     create(tmp_path, rank=4).close()
 
@@ -253,7 +255,9 @@ def test_a_sequence_written_twice(tmp_path):
     with create(tmp_path, rank=0) as one, create(tmp_path, rank=1) as two:
         one.append("a", teacher(3, 0))
         two.append("a", teacher(3, 1))
-    with pytest.raises(kd.CacheError, match="sequence 'a' is twice in the cache, in shard-00000-.* shard-00001"):
+    with pytest.raises(
+        kd.CacheError, match="sequence 'a' is twice in the cache, in shard-00000-.* shard-00001"
+    ):
         kd.TeacherCache.open(tmp_path)
 
 
@@ -372,3 +376,27 @@ def test_hostile_journals(tmp_path, change, message):
         cache = kd.TeacherCache.open(tmp_path)
         for name in cache:
             cache[name]
+
+
+# --- at a terminal ------------------------------------------------------------------------------------
+
+
+def test_command(tmp_path, capsys):
+    from kd_kernels.cli import main
+
+    cache = write(tmp_path, records(6))
+    (tmp_path / "shard-00000-000099.arrow.part").write_bytes(b"half")
+    assert main(["cache", "info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["sequences"], found["tokens"], found["k"]) == (6, cache.tokens, K)
+    assert found["unlisted"] == ["shard-00000-000099.arrow.part"]
+    assert main(["cache", "verify", str(tmp_path)]) == 0
+    assert f"all {len(cache.shards)} shards are as they were written" in capsys.readouterr().out
+    _flip(_first_shard(tmp_path))
+    _flip(tmp_path / cache.shards[-1].name)
+    assert main(["cache", "info", str(tmp_path)]) == 0
+    assert main(["cache", "verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("DAMAGED") == 2
+    (tmp_path / "manifest.json").unlink()
+    assert main(["cache", "info", str(tmp_path)]) == 1
+    assert "no manifest.json" in capsys.readouterr().out

@@ -4,7 +4,10 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,17 @@ import kd_kernels as kd
 
 pytest.importorskip("pyarrow", reason="a teacher cache is made of Arrow files")
 
-COUNT = 16
+COUNT = 8
+
+
+@pytest.fixture
+def quick_path(tmp_path):
+    """A folder in memory, where there is one: cutting a file short takes a disk's journal a millisecond."""
+    if not os.path.isdir("/dev/shm"):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +68,14 @@ def committed(path, written):
     return list(cache)
 
 
-def test_killed_fifty_times(tmp_path, written):
+def test_killed_fifty_times(quick_path, written):
     """At random moments: what was committed stays, and the next writer goes on from there."""
     rng = random.Random(0)
-    kills, round_, path, before = 0, 0, tmp_path / "0", []
-    finished = 0
+    write_the_rest(quick_path / "imports", written)  # pyarrow loads much at first use, and forks have it then
+    kills, finished, path, before = 0, 0, quick_path / "0", []
     while kills < 50:
-        child = fork(lambda: write_the_rest(path, written, pause=0.0005))
-        time.sleep(rng.uniform(0.001, 0.12))
+        child = fork(partial(write_the_rest, path, written, pause=0.003))
+        time.sleep(rng.uniform(0.001, 0.04))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)
@@ -71,8 +84,7 @@ def test_killed_fifty_times(tmp_path, written):
         before = after
         if len(after) == COUNT:
             finished += 1
-            round_, before = round_ + 1, []
-            path = tmp_path / str(round_)
+            path, before = quick_path / str(finished), []
     assert finished >= 2, "the writers never got on: the kills prove nothing"
     write_the_rest(path, written)
     assert committed(path, written) == list(written)
@@ -195,43 +207,45 @@ def read_all(path, written):
     return len(found)
 
 
-def test_ten_thousand_mutated_files(tmp_path):
+def test_ten_thousand_mutated_files(quick_path):
     """Each an error that names the file, or the right data."""
     rng = random.Random(1)
     # One token in a row, so that much of each file is structure.
     few = {f"s{i}": teacher(1 + i, i) for i in range(3)}
-    write(tmp_path, few, shard_bytes=200)
-    files = sorted(tmp_path.iterdir())
+    write(quick_path, few, shard_bytes=200)
+    files = sorted(quick_path.iterdir())
     right = {file: file.read_bytes() for file in files}
     refused = 0
     for _ in range(10_000):
         file = rng.choice(files)
         file.write_bytes(mutated(right[file], rng))
-        count = read_all(tmp_path, few)
+        count = read_all(quick_path, few)
         if count is None:
             refused += 1
-        elif count < len(few):  # a journal cut within its last line: that shard was never committed
-            assert file.suffix == ".jsonl" and not file.read_bytes().endswith(b"\n")
+        elif count < len(few):  # a journal cut at or in a line, as by a kill: what follows was not committed
+            whole = file.read_bytes().rpartition(b"\n")
+            assert file.suffix == ".jsonl" and right[file].startswith(whole[0] + whole[1])
+            assert len(kd.TeacherCache.open(quick_path).unlisted()) == len(few) - count
         file.write_bytes(right[file])
-    assert 9_000 < refused < 10_000
-    assert read_all(tmp_path, few) == len(few)
+    assert refused > 8_000, refused
+    assert read_all(quick_path, few) == len(few)
 
 
-def test_mutated_shards_with_right_checksums(tmp_path):
+def test_mutated_shards_with_right_checksums(quick_path):
     """What no checksum catches is refused by form, or read as values that are in range and of the form asked
     for: nothing is read outside the file."""
     rng = random.Random(2)
     few = {f"s{i}": teacher(2 + i, i) for i in range(2)}
-    write(tmp_path, few, shard_bytes=1 << 20)
-    file = tmp_path / "shard-00000-000000.arrow"
-    right, journal = file.read_bytes(), (tmp_path / "shards-00000.jsonl").read_bytes()
+    write(quick_path, few, shard_bytes=1 << 20)
+    file = quick_path / "shard-00000-000000.arrow"
+    right, journal = file.read_bytes(), (quick_path / "shards-00000.jsonl").read_bytes()
     outcomes = {"refused": 0, "read": 0}
     for _ in range(500):
         data = mutated(right, rng)
         file.write_bytes(data or b"\0")
-        relist(tmp_path)
+        relist(quick_path)
         try:
-            cache = kd.TeacherCache.open(tmp_path)
+            cache = kd.TeacherCache.open(quick_path)
             for name in cache:
                 record = cache[name]
                 assert len(record) == len(few[name].lse)
@@ -241,10 +255,10 @@ def test_mutated_shards_with_right_checksums(tmp_path):
                 assert record.ids.shape == few[name].ids.shape
             outcomes["read"] += 1
         except kd.CacheError as error:
-            assert str(tmp_path) in str(error)
+            assert str(quick_path) in str(error)
             outcomes["refused"] += 1
-        (tmp_path / "shards-00000.jsonl").write_bytes(journal)
-    assert min(outcomes.values()) > 50, outcomes
+        (quick_path / "shards-00000.jsonl").write_bytes(journal)
+    assert min(outcomes.values()) > 20, outcomes
 
 
 def test_ids_outside_the_vocabulary(tmp_path):

@@ -1,4 +1,4 @@
-"""Nothing of a shard is believed before it is checked: its size and checksum, then its form, then its values."""
+"""Nothing of a shard is believed before it is checked: size and checksum, then form, then values."""
 
 from __future__ import annotations
 

@@ -252,7 +252,11 @@ def _shard(file: Path, number: int, content: dict[str, Any], manifest: Manifest,
         raise CacheError(f"{where}: ids is not a list of strings")
     if not (isinstance(lengths, list) and len(lengths) == len(ids) and all(_natural(x) for x in lengths)):
         raise CacheError(f"{where}: lengths is not a list of {len(ids)} lengths")
-    if not _natural(content["bytes"]) or not content["bytes"] or sum(lengths) * manifest.token_bytes() > content["bytes"]:
+    if (
+        not _natural(content["bytes"])
+        or not content["bytes"]
+        or sum(lengths) * manifest.token_bytes() > content["bytes"]
+    ):
         raise CacheError(
             f"{where}: lengths add up to {sum(lengths)} tokens, which do not fit into the shard's "
             f"bytes, {content['bytes']!r}"

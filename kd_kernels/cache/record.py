@@ -70,7 +70,14 @@ class TeacherRecord:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherRecord:
         moved = (
             None if x is None else x.to(device, non_blocking=non_blocking)
-            for x in (self.ids, self.logits, self.lse, self.log_tail_mass, self.sample_ids, self.sample_counts)
+            for x in (
+                self.ids,
+                self.logits,
+                self.lse,
+                self.log_tail_mass,
+                self.sample_ids,
+                self.sample_counts,
+            )
         )
         return TeacherRecord(*moved, self.temperature)
 
@@ -78,6 +85,13 @@ class TeacherRecord:
         """What a DataLoader with ``pin_memory=True`` asks of a batch."""
         pinned = (
             None if x is None else x.pin_memory()
-            for x in (self.ids, self.logits, self.lse, self.log_tail_mass, self.sample_ids, self.sample_counts)
+            for x in (
+                self.ids,
+                self.logits,
+                self.lse,
+                self.log_tail_mass,
+                self.sample_ids,
+                self.sample_counts,
+            )
         )
         return TeacherRecord(*pinned, self.temperature)

@@ -77,7 +77,7 @@ class CacheWriter:
                 teacher's distribution after token j.
 
         Raises:
-            ValueError: a sequence that is there already; shapes, ids or a temperature that are not the cache's.
+            ValueError: a sequence that is there already; shapes, ids or a temperature not the cache's.
         """
         name = _name(sequence_id)
         if self._lock is None:
@@ -100,7 +100,10 @@ class CacheWriter:
             self.flush()
 
     def append_batch(
-        self, sequence_ids: Sequence[Union[str, int]], topk: Union[TopK, TeacherRecord], lengths: Sequence[int]
+        self,
+        sequence_ids: Sequence[Union[str, int]],
+        topk: Union[TopK, TeacherRecord],
+        lengths: Sequence[int],
     ) -> None:
         """Take the first ``lengths[b]`` tokens of each sequence b of a padded batch ``[B, L]``, padded on the
         right.
@@ -257,9 +260,7 @@ def _make_relative(manifest: Manifest, rows: dict[str, Tensor]) -> None:
     rows["lse"] = lse - (shift if isinstance(manifest.temperature, tuple) else shift[:, 0])
 
 
-def _draws(
-    manifest: Manifest, name: str, topk: Union[TopK, TeacherRecord], length: int
-) -> dict[str, Tensor]:
+def _draws(manifest: Manifest, name: str, topk: Union[TopK, TeacherRecord], length: int) -> dict[str, Tensor]:
     ids, counts = topk.sample_ids, topk.sample_counts
     shape = (length, manifest.samples)
     if ids is None or counts is None or tuple(ids.shape) != shape or tuple(counts.shape) != shape:
@@ -280,6 +281,6 @@ def _draws(
 def _check_ids(manifest: Manifest, name: str, column: str, ids: Tensor, least: int) -> None:
     if ids.numel() and not least <= int(ids.min()) <= int(ids.max()) < manifest.vocab_size:
         raise ValueError(
-            f"sequence {name!r}: {column} must be in [{least}, {manifest.vocab_size}), the cache's vocabulary; "
-            f"got {int(ids.min())} to {int(ids.max())}"
+            f"sequence {name!r}: {column} must be in [{least}, {manifest.vocab_size}), the cache's "
+            f"vocabulary; got {int(ids.min())} to {int(ids.max())}"
         )

@@ -11,7 +11,17 @@ import torch
 from kd_kernels.objectives import CATALOGUE
 from kd_kernels.progress import Progress
 
-__all__ = ["DTYPES", "Progress", "UsageError", "add_case", "count", "device", "devices", "emit", "need_device"]
+__all__ = [
+    "DTYPES",
+    "Progress",
+    "UsageError",
+    "add_case",
+    "count",
+    "device",
+    "devices",
+    "emit",
+    "need_device",
+]
 
 DTYPES = {
     "fp32": torch.float32,
