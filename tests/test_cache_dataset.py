@@ -71,9 +71,7 @@ def test_padding_does_not_count(joined):
 def test_what_does_not_fit(joined):
     dataset, _ = joined
     dataset.tokens[0]["input_ids"] = torch.arange(99)
-    with pytest.raises(
-        kd.CacheError, match="length: sequence 'sequence 10' has 3 tokens .* and 99"
-    ):
+    with pytest.raises(kd.CacheError, match="length: sequence 'sequence 10' has 3 tokens .* and 99"):
         dataset[0]
     dataset.tokens[1]["sequence_id"] = "nowhere"
     with pytest.raises(kd.CacheError, match="the cache has no sequence 'nowhere'"):
