@@ -82,7 +82,8 @@ def from_axolotl(row: Mapping[str, Any], k: int, temperature: float = 1.0) -> Te
     ``target_mask``, each ``[L][k]``.
 
     Alignment: already that of a record: row j is of token j + 1, and the last row is masked.
-    Log-probabilities there were normalised over the k: there is no tail, and ``missing="renorm_both"`` is what axolotl trains.
+    Log-probabilities there were normalised over the k: there is no tail, and
+    ``missing="renorm_both"`` is what axolotl trains.
 
     Args:
         row: of the data set.
