@@ -68,6 +68,12 @@ class Scores(NamedTuple):
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of one of the per-token results over the tokens that count: 0-d float64; 0 without any."""
+        if not isinstance(values, Tensor) or values.shape != self.counted.shape:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else values
+            raise ValueError(
+                f"mean takes one of the per-token results, of shape {tuple(self.counted.shape)}; got {shape} "
+                f"(nll and correct are None without labels)"
+            )
         return values.sum(dtype=torch.float64) / self.valid_tokens.clamp(min=1)
 
     def summary(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ def _check_floating(owner: str, name: str, tensor: object) -> None:
         )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A tensor by its form: its numbers would fill the screen, and have to come from the device first."""
     if not isinstance(value, Tensor):
         return repr(value)
@@ -40,7 +40,7 @@ def _shown(value: object) -> str:
 
 class _Shown:
     def __repr__(self) -> str:
-        parts = (f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))
+        parts = (f"{field.name}={shown(getattr(self, field.name))}" for field in fields(self))
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -183,6 +183,7 @@ class Logits(_Shown):
         return self.values, None, None
 
 
+_IGNORED = -100
 MISSING = ("tail", "teacher_renorm", "renorm_both", "unnormalised")
 
 
@@ -205,7 +206,8 @@ class SparseTarget(_Shown):
     tail as a "ghost token").
 
     Args:
-        ids: ``[..., K]`` integer; -1 where unused, in any place. Repeated ids add up.
+        ids: ``[..., K]`` integer; -1 (or -100, as labels have it) where unused, in any place. Repeated ids
+            add up.
         logprobs: ``[..., K]`` floating: logarithms of t; -inf is a probability of 0. What stands at unused
             ids does not matter.
         missing: see above.
@@ -239,8 +241,11 @@ class SparseTarget(_Shown):
             raise ValueError(
                 f"SparseTarget: missing must be one of {', '.join(MISSING)}, got {self.missing!r}"
             )
-        if isinstance(self.temperature, Tensor) or not 0 < self.temperature < float("inf"):
-            raise ValueError(f"SparseTarget: temperature must be a number > 0, got {self.temperature!r}")
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"SparseTarget: temperature must be one number > 0, got {self.temperature!r}; of a top-K "
+                f"saved at several, target(index=...) is one"
+            )
         if self.log_tail_mass is not None:
             _check_floating("SparseTarget", "log_tail_mass", self.log_tail_mass)
             if self.missing != "tail":
@@ -268,7 +273,7 @@ class SparseTarget(_Shown):
         """
         _check_ids("SparseTarget.from_samples", ids)
         if not isinstance(counts, Tensor) or counts.dtype.is_floating_point or counts.shape != ids.shape:
-            shape = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+            shape = f"{counts.dtype} {tuple(counts.shape)}" if isinstance(counts, Tensor) else type(counts)
             raise ValueError(
                 f"SparseTarget.from_samples: counts must be integers of the shape of ids, "
                 f"{tuple(ids.shape)}; got {shape}"
@@ -310,7 +315,8 @@ class SparseTarget(_Shown):
         else:
             raise ValueError(f"teacher_temperature must be finite and > 0, got {temperature}")
         tail = None if self.log_tail_mass is None else self.log_tail_mass.detach()
-        return SparseTarget(self.ids.detach(), logprobs, self.missing, 1.0, tail)
+        ids = self.ids.detach()
+        return SparseTarget(torch.where(ids == _IGNORED, -1, ids), logprobs, self.missing, 1.0, tail)
 
     @property
     def leading_shape(self) -> torch.Size:
@@ -343,9 +349,20 @@ def as_source(name: str, value: object) -> Source:
     if isinstance(value, Tensor):
         return Logits(value)
     if isinstance(value, SparseTarget):
-        raise TypeError(f"{name} is a SparseTarget, which only a teacher can be")
+        raise TypeError(
+            f"{name} is a SparseTarget, which only the teacher of kd.distill can be: all else needs whole "
+            f"distributions, kd.Head or logits"
+        )
+    if isinstance(value, tuple) and hasattr(value, "target") and hasattr(value, "sampled"):
+        raise TypeError(f"{name} is what kd.linear_topk found; use its .target() or .sampled()")
+    if isinstance(value, torch.nn.Module):
+        raise TypeError(
+            f"{name} is a model; use kd.Head.from_model(model, kd.last_hidden_state(model, **inputs))"
+        )
+    if hasattr(value, "logits"):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass its .logits")
     raise TypeError(
-        f"{name} must be kd.Head(hidden, weight), kd.Logits(values) or a tensor of logits, "
+        f"{name} must be kd.Head(hidden, weight), kd.Logits(values) or a tensor of logits, one model each, "
         f"got {type(value).__name__}"
     )
 

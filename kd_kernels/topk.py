@@ -12,7 +12,7 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.arguments import autocast_dtype, check_resources, check_source, detached, flat_ids, number
 from kd_kernels.ops.topk import linear_topk as _op
-from kd_kernels.sources import Source, SparseTarget, as_source
+from kd_kernels.sources import Source, SparseTarget, as_source, shown
 
 
 class TopK(NamedTuple):
@@ -45,6 +45,9 @@ class TopK(NamedTuple):
     """``[..., samples]`` int32: how often each was drawn; then 0."""
     temperature: Union[float, tuple[float, ...]]
     """As in the call."""
+
+    def __repr__(self) -> str:
+        return f"TopK({', '.join(f'{name}={shown(value)}' for name, value in self._asdict().items())})"
 
     def target(self, missing: str = "tail", index: int = 0) -> SparseTarget:
         """The top-K as a teacher for :func:`distill`, at the ``index``-th temperature.

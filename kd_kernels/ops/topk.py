@@ -48,7 +48,8 @@ def linear_topk(
         if wrong.numel():
             raise ValueError(
                 f"targets and ids must be in [0, {vocab}), or ignore_index, got {wrong[0].item()} "
-                f"({wrong.numel()} such)"
+                f"({wrong.numel()} such). A bare tensor is taken as logits; hidden states go in as "
+                f"kd.Head(hidden, weight)"
             )
     # Temperatures are on the host: looking at them waits for nobody.
     wrong = temperatures[~((temperatures > 0) & temperatures.isfinite())]
