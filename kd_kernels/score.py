@@ -16,6 +16,7 @@ from kd_kernels.arguments import (
     detached,
     number,
     per_token,
+    refuse_transforms,
     valid_tokens,
 )
 from kd_kernels.drivers.scoring import CONFIDENCE, ENTROPY, NLL
@@ -141,6 +142,7 @@ def score(
     sources = [as_source("student", student)]
     names = ["teacher"] if len(teachers) == 1 else [f"teacher {i}" for i in range(len(teachers))]
     sources += [as_source(name, teacher) for name, teacher in zip(names, teachers)]
+    refuse_transforms("kd_kernels.score", *(x for source in sources for x in source.tensors()))
     if vocab not in ("error", "truncate"):
         raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
     check_resources(ignore_index, backend, workspace_bytes, logits_dtype)

@@ -143,6 +143,13 @@ def test_ranks(backend):
     assert torch.equal(one.rank.long(), want[..., 3]) and one.member is None
 
 
+def test_ranks_of_banned_tokens_and_broken_rows(backend):
+    z = torch.tensor([[-torch.inf, 1.0, -torch.inf], [torch.nan, 1.0, 2.0], [-torch.inf] * 3])
+    found = kd.linear_rank(z, torch.tensor([[0, 1, 2]] * 3), k=2, backend=backend)
+    assert found.rank[0].tolist() == [2, 1, 3] and found.member[0].tolist() == [False, True, False]
+    assert (found.rank[1:] == 0).all() and not found.member[1:].any()
+
+
 # --- draws --------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,10 @@ def check_target(target: Target, counted: Callable[[Tensor], Tensor], vocab: int
     used = ids >= 0
     logprobs = torch.where(used, counted(target.logprobs).to(torch.float64), -torch.inf)
     if bool((logprobs.isnan() | (logprobs == torch.inf)).any()):
-        raise ValueError("SparseTarget: logprobs hold NaN or +infinity")
+        raise ValueError(
+            "SparseTarget: logprobs hold NaN or +infinity; a token whose teacher had no distribution is left "
+            "out by mask= or labels="
+        )
     mass = logprobs.exp().sum(1)
     tail = None if target.log_tail is None else counted(target.log_tail).to(torch.float64)
     if tail is not None:
