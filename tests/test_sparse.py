@@ -411,13 +411,11 @@ def test_ids_of_any_width():
     """A vocabulary that the ids' own type cannot hold, with a label beyond it."""
     student = torch.randn(2, 70000)
     ids, logprobs = torch.tensor([[1, 2], [30000, 7]]), torch.tensor([[0.5, 0.4]] * 2).log()
+    options = {"labels": torch.tensor([69999, 4]), "hard_weight": 1.0}
     losses = [
-        kd.distill(
-            student, kd.SparseTarget(ids.to(dtype), logprobs), kd.ForwardKL(), labels=torch.tensor([69999, 4]),
-            hard_weight=1.0,
-        )
+        kd.distill(student, kd.SparseTarget(ids.to(dtype), logprobs), kd.ForwardKL(), **options)
         for dtype in (torch.int64, torch.int32, torch.int16)
-    ]  # fmt: skip
+    ]
     assert losses[0].isfinite() and losses[0] == losses[1] == losses[2]
 
 
