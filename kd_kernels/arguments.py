@@ -147,7 +147,7 @@ def flat_ids(name: str, ids: Tensor, ignore_index: int, lead: torch.Size, device
     if not one and (ids.shape[:-1] != lead or ids.dim() == 0):
         raise ValueError(
             f"{name} must have the leading shape of the tokens, {tuple(lead)}, or that and K more; got "
-            f"{tuple(ids.shape)}"
+            f"{tuple(ids.shape)}" + _shift_hint("labels", ids.shape, lead)
         )
     if ids.device != device:
         raise ValueError(f"{name} is on {ids.device}, the tokens on {device}")

@@ -133,8 +133,8 @@ def distill(
     if sparse:
         if teacher_grad:
             raise ValueError("teacher_grad=True needs a teacher with gradients; a SparseTarget is a constant")
-        at = temperature if teacher_temperature is None else teacher_temperature
-        teacher, teacher_temperature = teacher.brought_to(at, student.tensors()[0].dtype), 1.0
+        teacher.check_temperature(temperature if teacher_temperature is None else teacher_temperature)
+        teacher = teacher.constant(student.tensors()[0].dtype)
         named = (saveable(teacher.ids), saveable(teacher.log_tail_mass), teacher.missing)
     elif not teacher_grad:
         teacher = detached(teacher)
@@ -146,6 +146,8 @@ def distill(
     t_t = t_s
     if teacher_temperature is not None:
         t_t = per_token("teacher_temperature", teacher_temperature, lead, device)
+    if sparse:
+        t_t = t_t / teacher.temperature  # what is recorded has that in it
     weight = None if token_weight is None else per_token("token_weight", token_weight, lead, device)
     p0, p1 = (per_token("objective's weight", x, lead, device) for x in objective.parameters())
 

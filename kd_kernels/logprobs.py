@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Optional
 
 import torch
@@ -19,6 +20,7 @@ from kd_kernels.arguments import (
     saveable,
 )
 from kd_kernels.ops.logprobs import linear_logprobs as _op
+from kd_kernels.regather import gathers_of, regathering_logprobs
 from kd_kernels.sources import Source, as_source
 
 
@@ -73,7 +75,10 @@ def linear_logprobs(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     if any(needs):
         tensors, flat, t = tuple(saveable(x) for x in tensors), saveable(flat), saveable(t)
-    logprobs, entropies = _op(
+    run, gathers = _op, gathers_of(source)
+    if any(needs) and any(gathers):
+        run = functools.partial(regathering_logprobs, gathers)
+    logprobs, entropies = run(
         *tensors,
         flat,
         t,

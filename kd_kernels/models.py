@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from kd_kernels.model_types import BY_HAND, factors_of
 from kd_kernels.output_layer import (
     TENSOR_PARALLEL,
+    fsdp_modules,
     linear_layer,
     lora_columns,
     lora_features,
     ordinary,
     peft_class,
+    restore_sharded_parameters,
 )
-from kd_kernels.regather import gathered_head
+from kd_kernels.regather import gathered_head, kept_head
 from kd_kernels.sources import Head, is_dtensor
 
 # --- the two public functions ---------------------------------------------------------------------------
@@ -35,6 +37,7 @@ def head_from_model(model: nn.Module, hidden: Tensor) -> Head:
     causal, layer = _find(owner, model)
     _check_structure(owner, causal, layer)
     factors = factors_of(owner, causal)
+    restore_sharded_parameters(model, layer)
     linear, adapters = linear_layer(owner, layer)
     if not isinstance(hidden, Tensor):
         raise TypeError(f"{owner}: hidden must be a tensor, got {type(hidden).__name__}")
@@ -74,10 +77,13 @@ def head_from_model(model: nn.Module, hidden: Tensor) -> Head:
     shaping = {"scale": factors.hidden * factors.logits, "softcap": factors.softcap}
     parts = [own_weight, own_bias, *(x for lora in adapters for x in (lora.up, lora.up_bias))]
     parts = [part for part in parts if part is not None]
-    # A whole tensor among them may be FSDP2's own, which it frees at will: then what was made of it is kept.
     if all(is_dtensor(part) for part in parts):
         return gathered_head(hidden, assemble, parts, **shaping)
-    return Head(hidden, *assemble(), **shaping)
+    whole_head = Head(hidden, *assemble(), **shaping)
+    # A whole tensor may be FSDP2's own, which it frees at will; what LoRA made of it is a copy.
+    if not adapters and fsdp_modules(model, layer):
+        return kept_head(whole_head)
+    return whole_head
 
 
 def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:

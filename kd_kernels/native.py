@@ -25,6 +25,11 @@ def _load() -> tuple[Optional[ModuleType], Optional[str]]:
     try:
         from kd_kernels import _native
     except ImportError as error:
+        if (Path(__file__).resolve().parent.parent / "setup.py").exists():
+            return None, (
+                "this is the source tree, which hides an installed kd_kernels; run from another directory, "
+                "or build in place with `pip install -e .`"
+            )
         return None, f"the compiled part kd_kernels._native cannot be loaded ({error}); {_REBUILD}"
     if _native.abi_version != _ABI_VERSION:
         return None, (

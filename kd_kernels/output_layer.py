@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
@@ -157,23 +158,44 @@ def ordinary(what: str, tensor: Tensor, model: nn.Module, layer: nn.Module, hidd
     return tensor
 
 
+def fsdp_modules(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """FSDP2's modules that hold the output layer, the innermost last."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # slow to import
+    if fsdp is None:
+        return []
+    return [m for m in model.modules() if isinstance(m, fsdp) and any(x is layer for x in m.modules())]
+
+
+def restore_sharded_parameters(model: nn.Module, layer: nn.Module) -> None:
+    """Have FSDP2 put its own parameters into a layer that ``reshard_after_forward=n`` left others in.
+
+    Those are made after each forward, sharded over n ranks (the second dimension of their mesh); a gradient
+    that reaches them is lost. ``reshard`` exchanges them, and does nothing where nothing is to be exchanged:
+    hybrid sharding looks the same from outside. What is not trained keeps its shards on few ranks.
+    """
+    trained = [p for p in layer.parameters() if p.requires_grad and is_dtensor(p)]
+    if not any(p.device_mesh.ndim == 2 for p in trained):
+        return
+    parts = [m for x in layer.modules() for m in fsdp_modules(x, x)]  # an adapter may be a group
+    for module in (*fsdp_modules(model, layer)[-1:], *parts):
+        module.reshard()
+
+
 def _gathered(what: str, tensor: Tensor, model: nn.Module, layer: nn.Module) -> Tensor:
     """The full tensor of a DTensor that FSDP2 manages, differentiable.
 
-    FSDP2's tensors are told from tensor-parallel ones by the modules: some :class:`FSDPModule` of the model
-    holds the output layer, and one dimension of the mesh at most is sharded (FSDP on top of tensor
+    FSDP2's tensors are told from tensor-parallel ones by the modules: an ``FSDPModule`` of the model holds
+    the output layer, and one dimension of the mesh at most is sharded (FSDP on top of tensor
     parallelism shards two). Every rank has gone through other data, so the gradients are summed over ranks
     into the shards and divided by their number, as FSDP2 does by default.
     """
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Partial, Replicate
 
     placements, mesh = tensor.placements, tensor.device_mesh
     if all(isinstance(placement, Replicate) for placement in placements):
         return tensor.full_tensor()
-    holders = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    managed = any(module is layer for holder in holders for module in holder.modules())
     sharded = sum(not isinstance(placement, Replicate) for placement in placements)
+    managed = bool(fsdp_modules(model, layer))
     if not managed or sharded > 1 or any(isinstance(placement, Partial) for placement in placements):
         raise ValueError(
             f"{what} is a DTensor with placements {placements} over {mesh}, sharded by tensor parallelism "

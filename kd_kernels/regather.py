@@ -16,11 +16,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from kd_kernels.ops.logprobs import linear_logprobs, linear_logprobs_backward
 from kd_kernels.ops.row_divergence import row_divergence, row_divergence_backward
-from kd_kernels.sources import Head, Source
+from kd_kernels.sources import Head, Source, is_dtensor
 
 Weights = tuple[Tensor, Optional[Tensor]]  # weight, bias
 Gather = Callable[[], Weights]
+Upstream = Sequence[Optional[Tensor]]
 
 
 class GatheredHead(Head):
@@ -37,10 +39,17 @@ def gathered_head(hidden: Tensor, assemble: Gather, parts: Sequence[Tensor], **s
     versions = [_version(part) for part in parts]
 
     def again() -> Weights:
+        if any(_freed(part) for part in parts):
+            raise RuntimeError(
+                "FSDP2 freed the output layer at the end of an earlier backward, and this backward, which "
+                "recomputes the logits, needs it again; call backward() before the next forward, or once on "
+                "the sum of the losses, or shard the output layer as a group of its own, which is gathered "
+                "again: fully_shard(model.get_output_embeddings()) before fully_shard(model)"
+            )
         if versions != [_version(part) for part in parts]:
             raise RuntimeError(
-                "distill: the output layer was changed in place between forward and backward, and this "
-                "backward gathers it again; call backward() before the optimizer's step"
+                "the output layer was changed in place between forward and backward, and this backward, "
+                "which recomputes the logits, needs it again; call backward() before the optimizer's step"
             )
         with torch.no_grad():
             return assemble()
@@ -48,6 +57,22 @@ def gathered_head(hidden: Tensor, assemble: Gather, parts: Sequence[Tensor], **s
     head = GatheredHead(hidden, *assemble(), **shaping)
     object.__setattr__(head, "gather", again)
     return head
+
+
+def kept_head(head: Head) -> Head:
+    """The same, of tensors that FSDP2 may have freed when a backward asks for them.
+
+    It could be made to gather them again, but they would be those of after an optimizer's step without any
+    sign of it: what changes in such a step are the shards.
+    """
+    weights = head.weight, head.bias
+    parts = [x for x in weights if x is not None]
+    return gathered_head(head.hidden, lambda: weights, parts, scale=head.scale, softcap=head.softcap)
+
+
+def _freed(tensor: Tensor) -> bool:
+    local = tensor.to_local() if is_dtensor(tensor) else tensor
+    return local.numel() > 0 and local.untyped_storage().size() == 0
 
 
 def _version(tensor: Tensor) -> Optional[int]:
@@ -60,33 +85,65 @@ def gathers_of(*sources: Source) -> list[Optional[Gather]]:
 
 def regathering_row_divergence(gathers: list[Optional[Gather]], *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and terms of a deferred ``row_divergence``; ``gathers`` of student and teacher."""
-    return _Regathering.apply(gathers, *arguments)
+    return _Regathering.apply(_divergence, _divergence_backward, gathers, *arguments)
+
+
+def regathering_logprobs(gathers: list[Optional[Gather]], *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of ``linear_logprobs``; ``gathers`` of its source."""
+    return _Regathering.apply(_logprobs, _logprobs_backward, gathers, *arguments)
+
+
+# Forward: (results, those without gradients, what the backward needs besides the arguments).
+# Backward: the gradients of the wanted arguments.
+
+
+def _divergence(*arguments: Any) -> tuple[Sequence[Tensor], ...]:
+    loss, terms, statistics, *_ = row_divergence(*arguments)
+    return [loss], [terms], [statistics]
+
+
+def _divergence_backward(upstream: Upstream, made: Sequence[Tensor], arguments: list[Any]) -> list[Tensor]:
+    return row_divergence_backward(upstream[0], *made, *arguments)
+
+
+def _logprobs(*arguments: Any) -> tuple[Sequence[Tensor], ...]:
+    return linear_logprobs(*arguments), [], []
+
+
+def _logprobs_backward(upstream: Upstream, made: Sequence[Tensor], arguments: list[Any]) -> list[Tensor]:
+    logprobs, entropies = upstream
+    if logprobs is None:
+        logprobs = entropies.new_zeros(arguments[3].shape)  # the ids
+    return linear_logprobs_backward(logprobs, entropies, *arguments)
 
 
 class _Regathering(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gathers: list[Optional[Gather]], *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, terms, statistics, *_ = row_divergence(*arguments)
+    def forward(
+        ctx, run: Callable, backward: Callable, gathers: list[Optional[Gather]], *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        results, constants, made = run(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(terms)
+        ctx.mark_non_differentiable(*constants)
         # [values, weight, bias] of each model come first
         again = [x for i, gather in enumerate(gathers) if gather for x in (3 * i + 1, 3 * i + 2)]
         saved = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and i not in again]
-        ctx.save_for_backward(statistics, *(arguments[i] for i in saved))
-        ctx.gathers, ctx.saved, ctx.wanted = gathers, saved, ctx.needs_input_grad[1:]
+        ctx.save_for_backward(*made, *(arguments[i] for i in saved))
+        ctx.run_backward, ctx.made = backward, len(made)
+        ctx.gathers, ctx.saved, ctx.wanted = gathers, saved, ctx.needs_input_grad[3:]
         ctx.rest = [None if isinstance(x, Tensor) else x for x in arguments]
-        return loss, terms
+        return (*results, *constants)
 
     @staticmethod
-    def backward(ctx, upstream: Optional[Tensor], *_: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-        if upstream is None:
-            return (None,) * (1 + len(ctx.rest))
-        statistics, *tensors = ctx.saved_tensors
-        arguments = list(ctx.rest)
-        for i, tensor in zip(ctx.saved, tensors):
+    def backward(ctx, *upstream: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        if all(x is None for x in upstream):
+            return (None,) * (3 + len(ctx.rest))
+        tensors = ctx.saved_tensors
+        made, arguments = tensors[: ctx.made], list(ctx.rest)
+        for i, tensor in zip(ctx.saved, tensors[ctx.made :]):
             arguments[i] = tensor
         for i, gather in enumerate(ctx.gathers):
             if gather is not None:
                 arguments[3 * i + 1 : 3 * i + 3] = gather()
-        gradients = iter(row_divergence_backward(upstream, statistics, *arguments))
-        return None, *(next(gradients) if wanted else None for wanted in ctx.wanted)
+        gradients = iter(ctx.run_backward(upstream, made, arguments))
+        return None, None, None, *(next(gradients) if wanted else None for wanted in ctx.wanted)

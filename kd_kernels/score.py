@@ -16,6 +16,7 @@ from kd_kernels.arguments import (
     detached,
     number,
     per_token,
+    refuse_transforms,
     valid_tokens,
 )
 from kd_kernels.drivers.scoring import CONFIDENCE, ENTROPY, NLL
@@ -68,6 +69,12 @@ class Scores(NamedTuple):
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of one of the per-token results over the tokens that count: 0-d float64; 0 without any."""
+        if not isinstance(values, Tensor) or values.shape != self.counted.shape:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else values
+            raise ValueError(
+                f"mean takes one of the per-token results, of shape {tuple(self.counted.shape)}; got {shape} "
+                f"(nll and correct are None without labels)"
+            )
         return values.sum(dtype=torch.float64) / self.valid_tokens.clamp(min=1)
 
     def summary(self) -> dict[str, float]:
@@ -135,6 +142,7 @@ def score(
     sources = [as_source("student", student)]
     names = ["teacher"] if len(teachers) == 1 else [f"teacher {i}" for i in range(len(teachers))]
     sources += [as_source(name, teacher) for name, teacher in zip(names, teachers)]
+    refuse_transforms("kd_kernels.score", *(x for source in sources for x in source.tensors()))
     if vocab not in ("error", "truncate"):
         raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
     check_resources(ignore_index, backend, workspace_bytes, logits_dtype)

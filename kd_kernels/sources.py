@@ -31,7 +31,7 @@ def _check_floating(owner: str, name: str, tensor: object) -> None:
         )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A tensor by its form: its numbers would fill the screen, and have to come from the device first."""
     if not isinstance(value, Tensor):
         return repr(value)
@@ -40,7 +40,7 @@ def _shown(value: object) -> str:
 
 class _Shown:
     def __repr__(self) -> str:
-        parts = (f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))
+        parts = (f"{field.name}={shown(getattr(self, field.name))}" for field in fields(self))
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -183,6 +183,8 @@ class Logits(_Shown):
         return self.values, None, None
 
 
+_IGNORED = -100
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
 MISSING = ("tail", "teacher_renorm", "renorm_both", "unnormalised")
 
 
@@ -205,7 +207,8 @@ class SparseTarget(_Shown):
     tail as a "ghost token").
 
     Args:
-        ids: ``[..., K]`` integer; -1 where unused, in any place. Repeated ids add up.
+        ids: ``[..., K]`` integer; -1 (or -100, as labels have it) where unused, in any place. Repeated ids
+            add up.
         logprobs: ``[..., K]`` floating: logarithms of t; -inf is a probability of 0. What stands at unused
             ids does not matter.
         missing: see above.
@@ -239,8 +242,12 @@ class SparseTarget(_Shown):
             raise ValueError(
                 f"SparseTarget: missing must be one of {', '.join(MISSING)}, got {self.missing!r}"
             )
-        if isinstance(self.temperature, Tensor) or not 0 < self.temperature < float("inf"):
-            raise ValueError(f"SparseTarget: temperature must be a number > 0, got {self.temperature!r}")
+        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
+        if not number or not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"SparseTarget: temperature must be one number > 0, got {self.temperature!r}; of a top-K "
+                f"saved at several, target(index=...) is one"
+            )
         if self.log_tail_mass is not None:
             _check_floating("SparseTarget", "log_tail_mass", self.log_tail_mass)
             if self.missing != "tail":
@@ -267,50 +274,43 @@ class SparseTarget(_Shown):
             TypeError, ValueError: shapes or dtypes that do not fit, or negative counts (on CPU).
         """
         _check_ids("SparseTarget.from_samples", ids)
-        if not isinstance(counts, Tensor) or counts.dtype.is_floating_point or counts.shape != ids.shape:
-            shape = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+        if not isinstance(counts, Tensor) or counts.dtype not in _INTEGERS or counts.shape != ids.shape:
+            shape = f"{counts.dtype} {tuple(counts.shape)}" if isinstance(counts, Tensor) else type(counts)
             raise ValueError(
                 f"SparseTarget.from_samples: counts must be integers of the shape of ids, "
                 f"{tuple(ids.shape)}; got {shape}"
             )
         counts = torch.where(ids < 0, 0, counts.to(torch.int64))
-        if counts.device.type == "cpu" and bool((counts < 0).any()):
+        on_host = counts.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and bool((counts < 0).any()):
             raise ValueError("SparseTarget.from_samples: counts must be >= 0")
-        share = counts.to(torch.float64) / counts.sum(-1, keepdim=True)
-        return cls(ids, share.log().to(torch.float32), "unnormalised", temperature)
+        # Without any draw a token teaches nothing.
+        share = counts.to(torch.float64) / counts.sum(-1, keepdim=True).clamp(min=1)
+        return cls(ids, share.log(), "unnormalised", temperature)
 
-    def brought_to(self, temperature: Union[float, Tensor], student: torch.dtype) -> SparseTarget:
-        """The target at a number or ``[...]`` of temperatures, detached, in the dtype that the loss of a
-        student of dtype ``student`` has.
+    def check_temperature(self, temperature: Union[float, Tensor]) -> None:
+        """Raise ValueError where this target cannot be brought to a number or ``[...]`` of temperatures."""
+        if self.missing in ("tail", "unnormalised") and (
+            isinstance(temperature, Tensor) or temperature != self.temperature
+        ):
+            given = "a tensor" if isinstance(temperature, Tensor) else temperature
+            raise ValueError(
+                f"the teacher's temperature is {given}, but this SparseTarget was recorded at "
+                f'{self.temperature} and missing="{self.missing}" cannot be brought to another; pass '
+                f"teacher_temperature={self.temperature}, record it at the temperature wanted, or renormalise"
+            )
 
-        Raises:
-            ValueError: this target cannot be brought to another temperature; one that is not > 0.
-        """
-        logprobs = self.logprobs.detach()
-        logprobs = logprobs.to(torch.float64 if student == torch.float64 else torch.float32)
-        if self.missing in ("tail", "unnormalised"):
-            if isinstance(temperature, Tensor) or temperature != self.temperature:
-                given = "a tensor" if isinstance(temperature, Tensor) else temperature
-                raise ValueError(
-                    f"the teacher's temperature is {given}, but this SparseTarget was recorded at "
-                    f'{self.temperature} and missing="{self.missing}" cannot be brought to another; pass '
-                    f"teacher_temperature={self.temperature}, record it at the temperature wanted, or "
-                    f"renormalise"
-                )
-        elif isinstance(temperature, Tensor):
-            if temperature.dim() and temperature.shape != self.leading_shape:
-                raise ValueError(
-                    f"teacher_temperature must have the leading shape of the tokens, "
-                    f"{tuple(self.leading_shape)}; got {tuple(temperature.shape)}"
-                )
-            ratio = self.temperature / temperature.detach().to(logprobs)
-            logprobs = logprobs * (ratio[..., None] if ratio.dim() else ratio)
-        elif temperature > 0:
-            logprobs = logprobs * (self.temperature / temperature)
-        else:
-            raise ValueError(f"teacher_temperature must be finite and > 0, got {temperature}")
-        tail = None if self.log_tail_mass is None else self.log_tail_mass.detach()
-        return SparseTarget(self.ids.detach(), logprobs, self.missing, 1.0, tail)
+    def constant(self, student: torch.dtype) -> SparseTarget:
+        """The target detached, in the dtype that the loss of a student of dtype ``student`` has."""
+        wide = torch.float64 if student == torch.float64 else torch.float32
+        ids = self.ids.detach().to(torch.int64)
+        return SparseTarget(
+            torch.where(ids == _IGNORED, -1, ids),
+            self.logprobs.detach().to(wide),
+            self.missing,
+            self.temperature,
+            None if self.log_tail_mass is None else self.log_tail_mass.detach(),
+        )
 
     @property
     def leading_shape(self) -> torch.Size:
@@ -324,10 +324,8 @@ class SparseTarget(_Shown):
 def _check_ids(owner: str, ids: object) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{owner}: ids must be a tensor, got {type(ids).__name__}")
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"{owner}: ids must be integers, got {ids.dtype}")
-    if ids.dtype == torch.uint8:
-        raise TypeError(f"{owner}: ids are uint8, which can hold neither -1 nor a vocabulary; use int32")
+    if ids.dtype not in _INTEGERS:
+        raise TypeError(f"{owner}: ids must be integers (int64, int32 or int16), got {ids.dtype}")
     if ids.dim() < 1 or ids.shape[-1] == 0:
         raise ValueError(f"{owner}: ids must be [..., K] with K > 0, got shape {tuple(ids.shape)}")
 
@@ -343,9 +341,20 @@ def as_source(name: str, value: object) -> Source:
     if isinstance(value, Tensor):
         return Logits(value)
     if isinstance(value, SparseTarget):
-        raise TypeError(f"{name} is a SparseTarget, which only a teacher can be")
+        raise TypeError(
+            f"{name} is a SparseTarget, which only the teacher of kd.distill can be: all else needs whole "
+            f"distributions, kd.Head or logits"
+        )
+    if isinstance(value, tuple) and hasattr(value, "target") and hasattr(value, "sampled"):
+        raise TypeError(f"{name} is what kd.linear_topk found; use its .target() or .sampled()")
+    if isinstance(value, torch.nn.Module):
+        raise TypeError(
+            f"{name} is a model; use kd.Head.from_model(model, kd.last_hidden_state(model, **inputs))"
+        )
+    if hasattr(value, "logits"):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass its .logits")
     raise TypeError(
-        f"{name} must be kd.Head(hidden, weight), kd.Logits(values) or a tensor of logits, "
+        f"{name} must be kd.Head(hidden, weight), kd.Logits(values) or a tensor of logits, one model each, "
         f"got {type(value).__name__}"
     )
 

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
-from kd_kernels.arguments import autocast_dtype, check_resources, check_source, detached, flat_ids, number
+from kd_kernels.arguments import (
+    autocast_dtype,
+    check_resources,
+    check_source,
+    detached,
+    flat_ids,
+    number,
+    refuse_transforms,
+)
 from kd_kernels.ops.topk import linear_topk as _op
-from kd_kernels.sources import Source, SparseTarget, as_source
+from kd_kernels.sources import Source, SparseTarget, as_source, shown
 
 
 class TopK(NamedTuple):
@@ -38,13 +46,17 @@ class TopK(NamedTuple):
     target_logprob: Optional[Tensor]
     """Log-probability of the target; 0 where there is none."""
     target_rank: Optional[Tensor]
-    """``[...]`` int32: 1 + how many tokens come before the target, ties by id; 0 where there is none."""
+    """``[...]`` int32: 1 + how many tokens come before the target, ties by id; 0 where there is none, or no
+    distribution."""
     sample_ids: Optional[Tensor]
     """``[..., samples]`` int32: the tokens drawn, each once, ascending; then -1."""
     sample_counts: Optional[Tensor]
     """``[..., samples]`` int32: how often each was drawn; then 0."""
     temperature: Union[float, tuple[float, ...]]
     """As in the call."""
+
+    def __repr__(self) -> str:
+        return f"TopK({', '.join(f'{name}={shown(value)}' for name, value in self._asdict().items())})"
 
     def target(self, missing: str = "tail", index: int = 0) -> SparseTarget:
         """The top-K as a teacher for :func:`distill`, at the ``index``-th temperature.
@@ -86,9 +98,9 @@ class Ranks(NamedTuple):
     """What :func:`linear_rank` found, in the shape of the ids."""
 
     rank: Tensor
-    """int32: 1 for the most likely token, ties by id; 0 where there is no id."""
+    """int32: 1 for the most likely token, ties by id; 0 where there is no id, or no distribution."""
     member: Optional[Tensor]
-    """bool: among the k most likely; None without ``k``."""
+    """bool: among the k most likely, which ``-inf`` never is; None without ``k``."""
 
 
 def linear_topk(
@@ -171,12 +183,11 @@ def linear_topk(
         logprob = target_values / temperatures.to(device) - statistics[:, 1 + R.TOPK_LSE :: 3]
         logprob = torch.where(flat < 0, 0.0, logprob).reshape(*lead, len(temperatures)).to(dtype)
         logprob = logprob if many else logprob[..., 0]
-        rank = ranks.reshape(lead)
+        rank = torch.where(_undefined(statistics), 0, ranks).reshape(lead)
     sample_ids = counts = None
     if samples:
         # What a kernel draws where there is no distribution is its own affair, and must not be trained on.
-        undefined = statistics[:, R.topk_column(R.TOPK_LSE), None].isnan()
-        sample_ids, counts = _runs(torch.where(undefined, -1, draws))
+        sample_ids, counts = _runs(torch.where(_undefined(statistics), -1, draws))
     return TopK(
         ids=ids.reshape(*lead, k),
         logits=values.reshape(*lead, k).to(dtype),
@@ -224,9 +235,13 @@ def linear_rank(
     lead, device = source.leading_shape, source.tensors()[0].device
     flat = flat_ids("ids", ids, ignore_index, lead, device)
     seed, one = torch.zeros((), dtype=torch.int64), torch.ones(1, dtype=torch.float64)
-    ranks = _call(source, flat, one, seed, 0, 0, ignore_index, backend, logits_dtype, workspace_bytes)[4]
-    ranks = ranks.reshape(ids.shape)
-    return Ranks(ranks, None if k is None else (ranks > 0) & (ranks <= k))
+    found = _call(source, flat, one, seed, 0, 0, ignore_index, backend, logits_dtype, workspace_bytes)
+    _, _, statistics, values, ranks, _ = found
+    ranks = torch.where(_undefined(statistics), 0, ranks)
+    member = None
+    if k is not None:  # -inf is never among the k largest
+        member = ((ranks > 0) & (ranks <= k) & (values > -torch.inf)).reshape(ids.shape)
+    return Ranks(ranks.reshape(ids.shape), member)
 
 
 def _call(
@@ -241,6 +256,7 @@ def _call(
     logits_dtype: Optional[torch.dtype],
     workspace_bytes: Optional[int],
 ) -> tuple[Tensor, ...]:
+    refuse_transforms("kd_kernels.linear_topk", *source.tensors())
     check_source("source", source, source.tensors()[0].device)
     check_resources(ignore_index, backend, workspace_bytes, logits_dtype)
     return _op(
@@ -256,6 +272,11 @@ def _call(
         backend,
         workspace_bytes,
     )
+
+
+def _undefined(statistics: Tensor) -> Tensor:
+    """``[N, 1]`` bool: the token has no distribution."""
+    return statistics[:, R.topk_column(R.TOPK_LSE), None].isnan()
 
 
 def _check_count(name: str, value: int, most: Optional[int]) -> None:

@@ -1,4 +1,4 @@
-"""Sharded and wrapped models, two processes over gloo: the loss and gradients of one process."""
+"""Sharded and wrapped models, two or four processes over gloo: the loss and gradients of one process."""
 
 from __future__ import annotations
 
@@ -228,6 +228,63 @@ def check_changed_between(world, rank, mesh):
     assert torch.equal(a, b)
 
 
+def check_two_forwards(world, rank, mesh):
+    """FSDP2 frees the root's tensors at the end of a backward: the next one needs a head of its own group."""
+    gradients = expected(world)[1]
+    for own, reduction in ((False, "mean"), (True, "mean"), (True, "none")):
+        model = toy()
+        sharded(model, *([model.lm_head] if own else []), mesh=mesh)
+        for loss in [loss_of(model, rank, reduction) for _ in range(2)]:
+            loss.backward()
+        for name, p in model.named_parameters():
+            assert error(p.grad.full_tensor(), 2 * gradients[name]) < 1e-5, name
+    for loss_function in (lambda model: loss_of(model, rank, "none"), lambda model: logprobs_of(model, rank)):
+        model = sharded(toy(), mesh=mesh)
+        first, second = (loss_function(model) for _ in range(2))
+        first.backward()
+        with pytest.raises(
+            RuntimeError, match=r"FSDP2 freed the output layer.*group of its own.*fully_shard"
+        ):
+            second.backward()
+
+
+def logprobs_of(model: nn.Module, rank: int) -> torch.Tensor:
+    ids = batch(rank)[0]
+    head = kd.Head.from_model(model, kd.last_hidden_state(model, input_ids=ids))
+    logprobs, entropies = kd.linear_logprobs(head, ids, entropy=True)
+    return (logprobs * torch.arange(1.0, 11).view(2, 5)).mean() + 0.3 * entropies.square().mean()
+
+
+def check_logprobs(world, rank, mesh):
+    """Gathered again in the backward, not kept; either result alone can be differentiated."""
+    whole = toy()
+    sum(logprobs_of(whole, r) for r in range(world)).div(world).backward()
+    for own in (False, True):
+        model = toy()
+        sharded(model, *([model.lm_head] if own else []), mesh=mesh)
+        logprobs_of(model, rank).backward()
+        for (name, p), exact in zip(model.named_parameters(), whole.parameters()):
+            assert error(p.grad.full_tensor(), exact.grad) < 1e-5, name
+
+    model = toy()
+    sharded(model, model.lm_head, mesh=mesh)
+    ids = batch(rank)[0]
+    hidden = kd.last_hidden_state(model, input_ids=ids)
+    head = kd.Head.from_model(model, hidden)
+    weight = weakref.ref(head.weight)
+    results = kd.linear_logprobs(head, ids, entropy=True)
+    del head
+    assert weight() is None
+    plain = kd.Head(hidden, toy().lm_head.weight, toy().lm_head.bias)
+    for value, exact in zip(results, kd.linear_logprobs(plain, ids, entropy=True)):
+        (a,), (b,) = (
+            torch.autograd.grad(x.square().sum(), hidden, retain_graph=True) for x in (value, exact)
+        )
+        assert error(a, b) < 1e-5
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(results[0].sum(), hidden, create_graph=True)[0].sum().backward()
+
+
 def check_hybrid(world, rank, mesh):
     model = toy()
     hybrid = dist.init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))
@@ -341,7 +398,33 @@ def check_tensor_parallel(world, rank, mesh):
         kd.Head(torch.randn(3, WIDTH), model.lm_head.weight)
 
 
+def four_resharded_to_two(world, rank, mesh):
+    """After a forward the layer holds temporary tensors over two ranks: the gradient must not go there."""
+    for group in ("own", "root"):
+        for reduction in ("mean", "none"):
+            model = toy()
+            own = [model.lm_head] if group == "own" else []
+            sharded(model, *own, mesh=mesh, reshard_after_forward=2)
+            kd.last_hidden_state(model, input_ids=batch(rank)[0])
+            assert model.lm_head.weight.device_mesh.ndim == 2, "the test is about these temporary tensors"
+            compare(model, world, rank, reduction)
+    frozen = toy()
+    frozen.lm_head.requires_grad_(False)
+    sharded(frozen, frozen.lm_head, mesh=mesh, reshard_after_forward=2)
+    loss = loss_of(frozen, rank)
+    assert frozen.lm_head.weight.device_mesh.ndim == 2  # stays where its next forward finds it on few ranks
+    assert abs(loss.item() - expected(world)[0][rank]) < 1e-6
+
+
+def four_hybrid(world, rank, mesh):
+    hybrid = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for reduction in ("mean", "none"):
+        model = toy()
+        compare(sharded(model, model.lm_head, mesh=hybrid), world, rank, reduction)
+
+
 CHECKS = {name[6:]: value for name, value in list(globals().items()) if name.startswith("check_")}
+FOUR = {name[5:]: value for name, value in list(globals().items()) if name.startswith("four_")}
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -349,7 +432,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     store, timeout = f"file://{folder}/store", timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
     mesh = dist.init_device_mesh("cpu", (world,))
-    for name, check in CHECKS.items():
+    for name, check in (CHECKS if world == 2 else FOUR).items():
         try:
             check(world, rank, mesh)
             said = "fine"
@@ -363,19 +446,37 @@ def worker(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    """Two processes go through all checks once; each test reads what they said about its own."""
+def run_checks(world, tmp_path_factory):
+    """The processes go through all their checks once; each test reads what they said about its own."""
     if not dist.is_available():
         pytest.skip("this torch is built without distributed")
-    folder = tmp_path_factory.mktemp("two_processes")
-    torch.multiprocessing.spawn(worker, (2, str(folder)), nprocs=2)
+    folder = tmp_path_factory.mktemp(f"{world}_processes")
+    torch.multiprocessing.spawn(worker, (world, str(folder)), nprocs=world)
     return folder
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_checks(2, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return run_checks(4, tmp_path_factory)
+
+
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name, outcome):
-    for rank in (0, 1):
+def test_two_processes(name, two):
+    read(two, 2, name)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(name, four):
+    read(four, 4, name)
+
+
+def read(outcome: Path, world: int, name: str) -> None:
+    for rank in range(world):
         said = outcome / f"{name}.{rank}"
         assert said.exists(), "not reached: an earlier check failed"
         if said.read_text().startswith("skip: "):

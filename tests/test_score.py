@@ -12,6 +12,7 @@ from plain import widened
 import kd_kernels as kd
 from kd_kernels.backends import TABLE
 from kd_kernels.drivers import scoring
+from kd_kernels.drivers.sides import HeadSide
 from kd_kernels.reference.dense import divergence, logits_of
 
 # The ``backend`` fixture runs over these: a named backend must serve both kernels.
@@ -201,8 +202,8 @@ def test_chunking_changes_nothing(monkeypatch):
     sources = models()
     labels = labels_for(sources[0])
     once = kd.score(*sources, labels=labels, backend="cpu")
-    sizes, cut = [], scoring._cut
-    monkeypatch.setattr(scoring, "_cut", lambda *args: sizes.append(cut(*args)) or sizes[-1])
+    sizes, cut = [], scoring.cut
+    monkeypatch.setattr(scoring, "cut", lambda *args: sizes.append(cut(*args)) or sizes[-1])
     for budget in (3 * 203 * 4 + 200, 9 * 203 * 4 + 600):  # three heads: one row each, three rows each
         parts = kd.score(*sources, labels=labels, workspace_bytes=budget, backend="cpu")
         assert sizes[-1][0] in (1, 3) and sizes[-1][1] <= budget
@@ -213,9 +214,9 @@ def test_chunking_changes_nothing(monkeypatch):
 
 
 def test_each_model_is_projected_once_a_chunk(backend, monkeypatch):
-    calls, project = [], scoring.HeadSide.project
+    calls, project = [], HeadSide.project
     monkeypatch.setattr(
-        scoring.HeadSide, "project", lambda self, *args: calls.append(args[:2]) or project(self, *args)
+        HeadSide, "project", lambda self, *args: calls.append(args[:2]) or project(self, *args)
     )
     kd.score(*models(), backend=backend, workspace_bytes=9 * 203 * 4 + 600)
     assert sorted(calls) == sorted([(i, min(15, i + 3)) for i in range(0, 15, 3)] * 3)

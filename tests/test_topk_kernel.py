@@ -141,6 +141,21 @@ def test_a_tail_far_below_one(name):
 
 
 @EACH
+def test_the_digits_of_a_small_tail(name):
+    """A tail of probability 4.6e-12: to 1e-6 of itself, where 1 - sum is 0."""
+    z = torch.randn(N, VOCAB, dtype=torch.float64).float().double()
+    z[:, 300] = z.logsumexp(-1) - torch.tensor(4.6e-12, dtype=torch.float64).log()
+    job = topk_job(side(z, torch.float32), VOCAB, 1)
+    want = wide_job(job)
+    reference(want)
+    kernel_of("topk", name)(job)
+    column = R.topk_column(R.TOPK_LOG_TAIL)
+    assert (want.statistics[:, column].exp() / 4.6e-12 - 1).abs().max() < 0.2
+    error = (job.statistics[:, column] - want.statistics[:, column]).expm1()
+    assert error.abs().max() < 1e-6, error
+
+
+@EACH
 def test_large_logits(name):
     rows = side(logits() * 1000 + 1e4, torch.float32)
     check(topk_job(rows, VOCAB, 5, (1.0, 0.5), draws=2), name)

@@ -19,16 +19,22 @@ struct Case {
   std::vector<double> temperatures = {1.0, 0.7}, values, statistics, target_values, uniforms;
   std::vector<int32_t> ids, ranks, samples;
 
-  double z(int64_t row, int64_t v) const { return decode(logits.data() + (row * vocab + v) * size_of(dtype), dtype); }
+  // The scale is a power of 2, so that float arithmetic is exact and the order is known.
+  static constexpr double kScale = 0.5;
+  char* raw(int64_t row, int64_t v) { return logits.data() + (offsets[row] + v) * size_of(dtype); }
+  double z(int64_t row, int64_t v) const {
+    return kScale * decode(logits.data() + (offsets[row] + v) * size_of(dtype), dtype);
+  }
 
   template <class Make>
   Case(Random& random, int64_t n_, int64_t vocab_, int64_t k_, Dtype dtype_, const Make& make)
       : n(n_), vocab(vocab_), k(k_), targets_per_row(3), draws(9), dtype(dtype_) {
-    logits.resize(n * vocab * size_of(dtype));
+    // Rows backwards with a gap of one: nothing is aligned, and memory ends where the first row does.
+    logits.resize(n * (vocab + 1) * size_of(dtype));
     for (int64_t row = 0; row < n; ++row) {
-      offsets.push_back(row * vocab);
-      for (int64_t v = 0; v < vocab; ++v)
-        encode(make(row, v), logits.data() + (row * vocab + v) * size_of(dtype), dtype);
+      offsets.push_back((n - 1 - row) * (vocab + 1) + 1);
+      encode(kNaN, raw(row, -1), dtype);
+      for (int64_t v = 0; v < vocab; ++v) encode(make(row, v) / kScale, raw(row, v), dtype);
       for (int64_t r = 0; r < targets_per_row; ++r)
         targets.push_back(static_cast<int64_t>(random.uniform() * static_cast<double>(vocab)));
       std::vector<double> u(draws);
@@ -52,6 +58,7 @@ struct Case {
     args.side.logits = logits.data();
     args.side.dtype = dtype;
     args.side.offsets = offsets.data();
+    args.side.scale = kScale;
     args.temperatures = temperatures.data();
     args.temperature_count = 2;
     args.k = k;
@@ -143,14 +150,23 @@ int main() {
             if (kind == 4 && v > 0 && random.uniform() < 0.7) return -kInf;      // fewer than k
             return x;
           });
-          c.run(2);
-          verify(c);
-          const Case before = c;
           c.run(1);
-          CHECK(before.ids == c.ids && before.statistics == c.statistics && before.samples == c.samples,
-                "one thread: other bits");
+          verify(c);
         }
       }
+  // So many that every thread gets some (a team wakes slowly: 100 rows are gone before), and rows so unlike that what
+  // one leaves behind shows in others.
+  Case c(random, 400, 3000, 9, Dtype::float32,
+         [&](int64_t row, int64_t) { return random.normal() * static_cast<double>(row % 5 + 1) + 40.0 * (row % 3); });
+  c.run(1);
+  verify(c);
+  for (int threads : {2, 3, 5}) {
+    Case other = c;
+    other.run(threads);
+    CHECK(other.ids == c.ids && other.values == c.values && other.statistics == c.statistics &&
+              other.ranks == c.ranks && other.samples == c.samples,
+          "%d threads: other bits", threads);
+  }
   for (double special : {kNaN, kInf, -kInf}) {  // no distribution
     Case c(random, 2, 1500, 9, Dtype::float32, [&](int64_t row, int64_t v) {
       return row == 0 && (v == 1100 || special == -kInf) ? special : random.normal();

@@ -8,7 +8,7 @@ turns them into per-token terms and logit gradients, two more GEMMs carry those 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Optional, Union
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, RowKernel, pick
-from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
+from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, side_of
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
 from kd_kernels.drivers.workspace import borrow, footprint
 
@@ -104,23 +104,22 @@ def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement
     # Where both models project, the chunk's layout is ours to choose. Logits that exist are rows.
     both_project = problem.student.is_head and (problem.teacher.is_head or problem.target is not None)
     vocabulary_major = both_project and backend in VOCABULARY_MAJOR
-    student = _side(problem, problem.student, vocabulary_major, backend)
+
+    def side(model: Model) -> Union[HeadSide, LogitsSide]:
+        dtypes = problem.compute_dtype, problem.logits_dtype
+        scratch = problem.target is not None and backend in OVERWRITES
+        return side_of(model, problem.vocab, problem.rows, problem.kept, *dtypes, vocabulary_major, scratch)
+
+    student = side(problem.student)
     if problem.target is None:
-        teacher = _side(problem, problem.teacher, vocabulary_major, backend)
+        teacher = side(problem.teacher)
     else:
         labels = None if problem.hard_weight is None else problem.labels
         teacher = SparseSide(problem.target, labels, problem.rows, problem.vocab)
-    itemsizes = student.buffer_itemsizes() + teacher.buffer_itemsizes()
-
-    def room(tokens: int) -> int:
-        rows, columns = (problem.vocab, tokens) if vocabulary_major else (tokens, problem.vocab)
-        return sum(footprint(rows, columns, size) for size in itemsizes)
-
-    budget = problem.workspace_bytes
-    if budget is None:
-        budget = default_workspace(device)
-    rows = chunk_rows(problem.walked, problem.vocab, itemsizes, budget, room, granule_of(device))
-    return Arrangement(student, teacher, rows, room(rows))
+    rows, size = cut(
+        (student, teacher), problem.walked, problem.vocab, device, problem.workspace_bytes, vocabulary_major
+    )
+    return Arrangement(student, teacher, rows, size)
 
 
 @dataclass
@@ -207,23 +206,6 @@ def _row_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKernel]
     )
 
 
-def _side(
-    problem: Problem, model: Model, vocabulary_major: bool, backend: str
-) -> Union[HeadSide, LogitsSide]:
-    if not model.is_head:
-        copy = problem.target is not None and backend in OVERWRITES
-        return LogitsSide(model, problem.vocab, problem.rows, copy)
-    return HeadSide(
-        model,
-        problem.vocab,
-        problem.rows,
-        problem.kept,
-        problem.compute_dtype,
-        problem.logits_dtype,
-        vocabulary_major,
-    )
-
-
 def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_t: Tensor) -> Tensor:
     """A power of two that brings the logit gradients near 1, put back after the GEMMs.
 
@@ -245,8 +227,24 @@ def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_
     return torch.where(torch.isfinite(power) & (power > 0), power, one)
 
 
-def granule_of(device: torch.device) -> int:
-    return _GRANULE.get(device.type, 1)
+def cut(
+    sides: Sequence[Union[HeadSide, LogitsSide, SparseSide]],
+    n: int,
+    vocab: int,
+    device: torch.device,
+    workspace_bytes: Optional[int],
+    vocabulary_major: bool = False,
+) -> tuple[int, int]:
+    """(tokens per chunk, bytes of workspace that they take) of a walk over n tokens."""
+    itemsizes = [size for side in sides for size in side.buffer_itemsizes()]
+
+    def room(tokens: int) -> int:
+        shape = (vocab, tokens) if vocabulary_major else (tokens, vocab)
+        return sum(footprint(*shape, size) for size in itemsizes)
+
+    budget = default_workspace(device) if workspace_bytes is None else workspace_bytes
+    rows = chunk_rows(n, vocab, itemsizes, budget, room, _GRANULE.get(device.type, 1))
+    return rows, room(rows)
 
 
 def default_workspace(device: torch.device) -> int:

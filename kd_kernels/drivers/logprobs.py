@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, pick
-from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, chunk_rows, default_workspace, granule_of
+from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, cut
 from kd_kernels.drivers.gathered import Gathered, new_job
 from kd_kernels.drivers.selection import Selection
-from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
-from kd_kernels.drivers.workspace import borrow, footprint
+from kd_kernels.drivers.sides import Model, side_of
+from kd_kernels.drivers.workspace import borrow
 
 
 @dataclass
@@ -54,11 +54,10 @@ def walk_logprobs(
     vocab, tokens = model.vocab_size, model.values.shape[:-1].numel()
     name, gather = pick("gather", device, problem.backend)
     vocabulary_major = model.is_head and name in VOCABULARY_MAJOR
-    if model.is_head:
-        dtypes = problem.compute_dtype, problem.logits_dtype
-        side = HeadSide(model, vocab, problem.rows, problem.kept, *dtypes, vocabulary_major)
-    else:
-        side = LogitsSide(model, vocab, problem.rows, copy=name in OVERWRITES)
+    dtypes = problem.compute_dtype, problem.logits_dtype
+    side = side_of(
+        model, vocab, problem.rows, problem.kept, *dtypes, vocabulary_major, copy=name in OVERWRITES
+    )
 
     ids = problem.walked(problem.ids)
     n = ids.shape[0]
@@ -78,19 +77,12 @@ def walk_logprobs(
         if model.is_head and n > 0:
             factor = _power_of_two(g, g_entropy, temperature, problem)
 
-    itemsizes = side.buffer_itemsizes()
-
-    def room(chunk: int) -> int:
-        shape = (vocab, chunk) if vocabulary_major else (chunk, vocab)
-        return sum(footprint(*shape, size) for size in itemsizes)
-
-    budget = default_workspace(device) if problem.workspace_bytes is None else problem.workspace_bytes
-    chunk = chunk_rows(n, vocab, itemsizes, budget, room, granule_of(device))
+    chunk, size = cut([side], n, vocab, device, problem.workspace_bytes, vocabulary_major)
     logprobs = torch.zeros(selection.ids.shape, dtype=torch.float64, device=device)
     entropies = torch.zeros(n, dtype=torch.float64, device=device)
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
-        with borrow(room(chunk), device) as workspace:
+        with borrow(size, device) as workspace:
             rows = side.project(part.start, part.stop, workspace, temperature[part])
             count = part.stop - part.start
             job = new_job(rows, selection.ids[part], count, vocab, False, problem.entropy)

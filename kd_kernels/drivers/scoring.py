@@ -6,16 +6,16 @@ Nothing is carried back, so a chunk's workspace holds one tensor of logits per h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import RowKernel, pick
-from kd_kernels.drivers.chunked_head import chunk_rows, default_workspace, granule_of
-from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
-from kd_kernels.drivers.workspace import borrow, footprint
+from kd_kernels.drivers.chunked_head import cut
+from kd_kernels.drivers.sides import Model, side_of
+from kd_kernels.drivers.workspace import borrow
 
 NLL, ENTROPY, CONFIDENCE = range(3)
 MEASURES = 3
@@ -53,19 +53,6 @@ class Scoring:
     def device(self) -> torch.device:
         return self.models[0].values.device
 
-    def side(self, model: Model) -> Union[HeadSide, LogitsSide]:
-        if not model.is_head:
-            return LogitsSide(model, self.vocab, self.rows)
-        return HeadSide(
-            model,
-            self.vocab,
-            self.rows,
-            kept=None,
-            compute_dtype=self.compute_dtype,
-            logits_dtype=self.logits_dtype,
-            vocabulary_major=False,  # the topk kernel reads rows
-        )
-
     def spread(self, values: Tensor) -> Tensor:
         """``[..., n]`` of the walked tokens to ``[..., N]`` of all, zeros at those that do not count."""
         if self.rows is None:
@@ -88,8 +75,10 @@ def walk(call: Scoring) -> Measured:
     device, n, count = call.device, call.walked, len(call.models)
     _, topk = pick("topk", device, call.backend)
     compare = pick("row_divergence", device, call.backend)[1] if count > 1 else None
-    sides = [call.side(model) for model in call.models]
-    chunk, size = _cut(call, sides)
+    dtypes = call.compute_dtype, call.logits_dtype
+    # Row-major, as the topk kernel reads them.
+    sides = [side_of(model, call.vocab, call.rows, None, *dtypes) for model in call.models]
+    chunk, size = cut(sides, n, call.vocab, device, call.workspace_bytes)
 
     labels = call.labels
     if labels is not None and call.rows is not None:
@@ -110,18 +99,6 @@ def walk(call: Scoring) -> Measured:
                 assert compare is not None
                 _compare(compare, rows[0], teacher, call.vocab, divergences[i, :, part])
     return Measured(*(call.spread(x) for x in (measures, top1, divergences)))
-
-
-def _cut(call: Scoring, sides: list[Union[HeadSide, LogitsSide]]) -> tuple[int, int]:
-    """(tokens per chunk, bytes of workspace that they take)"""
-    itemsizes = [size for side in sides for size in side.buffer_itemsizes()]
-
-    def room(tokens: int) -> int:
-        return sum(footprint(tokens, call.vocab, itemsize) for itemsize in itemsizes)
-
-    budget = default_workspace(call.device) if call.workspace_bytes is None else call.workspace_bytes
-    chunk = chunk_rows(call.walked, call.vocab, itemsizes, budget, room, granule_of(call.device))
-    return chunk, room(chunk)
 
 
 def _measure(

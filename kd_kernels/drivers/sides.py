@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -214,6 +214,22 @@ class LogitsSide:
 
     def gradients(self) -> list[Optional[Tensor]]:
         return [self.grad, None, None]
+
+
+def side_of(
+    model: Model,
+    vocab: int,
+    rows: Optional[Tensor],
+    kept: Optional[Tensor],
+    compute_dtype: Optional[torch.dtype],
+    logits_dtype: Optional[torch.dtype],
+    vocabulary_major: bool = False,
+    copy: bool = False,
+) -> Union[HeadSide, LogitsSide]:
+    """A model's end of a walk, whatever the model is; ``copy`` asks existing logits for scratch memory."""
+    if not model.is_head:
+        return LogitsSide(model, vocab, rows, copy)
+    return HeadSide(model, vocab, rows, kept, compute_dtype, logits_dtype, vocabulary_major)
 
 
 def _common_divisor(values: Tensor) -> int:

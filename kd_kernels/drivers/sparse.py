@@ -63,32 +63,31 @@ class SparseSide:
     """The teacher's end of the walk where it is sparse: nothing to project, nothing to carry back."""
 
     def __init__(self, target: Target, labels: Optional[Tensor], rows: Optional[Tensor], vocab: int) -> None:
-        def walked(x: Optional[Tensor]) -> Optional[Tensor]:
-            return x if x is None or rows is None else x[rows]
-
-        ids, logprobs = walked(target.ids), walked(target.logprobs).to(torch.float64)
-        bad = ((ids < -1) | (ids >= vocab)).any(1, keepdim=True)  # never read; makes its row NaN
-        named = torch.ones_like(logprobs)
-        if labels is not None:  # the label's entry is gathered too
-            ids = torch.cat([ids, walked(labels)[:, None].to(ids.dtype)], 1)
-            logprobs, named = with_last(logprobs, -_INF), with_last(named, 0.0)
-        selection = Selection(ids, vocab)
-        tail = walked(target.log_tail)
-        self.whole = SparseRows(
-            selection.ids,
-            torch.where(bad, torch.nan, selection.merge(logprobs, torch.logaddexp, -_INF)),
-            selection.merge(named, torch.maximum, 0.0) > 0,
-            None if tail is None else tail.to(torch.float64),
-            target.missing,
-        )
+        self.target, self.labels, self.rows, self.vocab = target, labels, rows, vocab
 
     def buffer_itemsizes(self) -> list[int]:
         return []
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> SparseRows:
-        all_, part = self.whole, slice(start, stop)
-        tail = None if all_.log_tail is None else all_.log_tail[part]
-        return SparseRows(all_.ids[part], all_.logprobs[part], all_.named[part], tail, all_.missing)
+        """A chunk of tokens, brought from the temperature of the record to ``temperature`` [n] times it."""
+        tokens = slice(start, stop) if self.rows is None else self.rows[start:stop]
+        target, vocab = self.target, self.vocab
+        ids, logprobs = target.ids[tokens], target.logprobs[tokens].to(torch.float64)
+        bad = ((ids < -1) | (ids >= vocab)).any(1, keepdim=True)  # never read; makes its row NaN
+        named = torch.ones_like(logprobs)
+        if self.labels is not None:  # the label's entry is gathered too
+            ids = torch.cat([ids, self.labels[tokens][:, None].to(ids.dtype)], 1)
+            logprobs, named = with_last(logprobs, -_INF), with_last(named, 0.0)
+        selection = Selection(ids, vocab)
+        # Repeated ids add up before they are brought to another temperature.
+        merged = selection.merge(logprobs, torch.logaddexp, -_INF) / temperature[:, None]
+        return SparseRows(
+            selection.ids,
+            torch.where(bad, torch.nan, merged),
+            selection.merge(named, torch.maximum, 0.0) > 0,
+            None if target.log_tail is None else target.log_tail[tokens].to(torch.float64),
+            target.missing,
+        )
 
     def carry(self, start: int, stop: int, rows: SparseRows) -> None:
         """Nothing: a sparse teacher is a constant."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.backends import pick
 from kd_kernels.counter_random import uniforms
-from kd_kernels.drivers.chunked_head import chunk_rows, default_workspace, granule_of
-from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model
-from kd_kernels.drivers.workspace import borrow, footprint
+from kd_kernels.drivers.chunked_head import cut
+from kd_kernels.drivers.sides import Model, side_of
+from kd_kernels.drivers.workspace import borrow
 
 
 @dataclass
@@ -37,20 +37,8 @@ def walk_topk(problem: TopkProblem) -> R.TopkJob:
     model, device = problem.model, problem.model.values.device
     vocab, n = model.vocab_size, model.values.shape[:-1].numel()
     _, kernel = pick("topk", device, problem.backend)
-    side = (
-        HeadSide(
-            model, vocab, None, None, problem.compute_dtype, problem.logits_dtype, vocabulary_major=False
-        )
-        if model.is_head
-        else LogitsSide(model, vocab, None)
-    )
-    itemsizes = side.buffer_itemsizes()
-
-    def room(chunk: int) -> int:
-        return sum(footprint(chunk, vocab, size) for size in itemsizes)
-
-    budget = default_workspace(device) if problem.workspace_bytes is None else problem.workspace_bytes
-    chunk = chunk_rows(n, vocab, itemsizes, budget, room, granule_of(device))
+    side = side_of(model, vocab, None, None, problem.compute_dtype, problem.logits_dtype)
+    chunk, size = cut([side], n, vocab, device, problem.workspace_bytes)
 
     def of(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(n, columns, dtype=dtype, device=device)
@@ -75,7 +63,7 @@ def walk_topk(problem: TopkProblem) -> R.TopkJob:
         part = slice(start, min(n, start + chunk))
         count = part.stop - start
         tokens = torch.arange(start, part.stop, device=device)
-        with borrow(room(chunk), device) as workspace:
+        with borrow(size, device) as workspace:
             kernel(
                 R.TopkJob(
                     n=count,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
 from kd_kernels.drivers.sides import Model
-from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.checks import checks_values, improper_temperatures
 from kd_kernels.ops.row_divergence import scaled
 
 _ARGUMENTS = (
@@ -59,7 +59,7 @@ def _check_values(problem: LogprobProblem) -> None:
     temperature = problem.model.temperature
     if counted is not None and temperature.dim():
         temperature = temperature[counted]
-    wrong = temperature[~((temperature > 0) & temperature.isfinite())]
+    wrong = improper_temperatures(temperature)
     if wrong.numel():
         raise ValueError(f"temperature must be finite and > 0, got {wrong.reshape(-1)[0].item()}")
 

@@ -21,7 +21,7 @@ from kd_kernels.drivers.chunked_head import Problem, walk
 from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.objectives import CATALOGUE
-from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.checks import checks_values, improper_temperatures
 from kd_kernels.ops.sparse_checks import check_target, refuse_undefined
 
 # The order in which both ops take the call and in which autograd sees it.
@@ -50,7 +50,7 @@ def _check_values(problem: Problem, call: dict) -> None:
     for name in ("temperature", "teacher_temperature"):
         model = problem.student if name == "temperature" else problem.teacher
         values = counted(model.temperature)
-        wrong = values[~((values > 0) & torch.isfinite(values))]
+        wrong = improper_temperatures(values)
         if wrong.numel():
             raise ValueError(f"{name} must be finite and > 0, got {wrong[0].item()}")
     scalars = call["scalars"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.topk import TopkProblem, walk_topk
-from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.checks import checks_values, improper_temperatures
 
 
 @torch.library.custom_op("kd_kernels::linear_topk", mutates_args=())
@@ -48,10 +48,11 @@ def linear_topk(
         if wrong.numel():
             raise ValueError(
                 f"targets and ids must be in [0, {vocab}), or ignore_index, got {wrong[0].item()} "
-                f"({wrong.numel()} such)"
+                f"({wrong.numel()} such). A bare tensor is taken as logits; hidden states go in as "
+                f"kd.Head(hidden, weight)"
             )
     # Temperatures are on the host: looking at them waits for nobody.
-    wrong = temperatures[~((temperatures > 0) & temperatures.isfinite())]
+    wrong = improper_temperatures(temperatures)
     if wrong.numel():
         raise ValueError(f"temperature must be finite and > 0, got {wrong[0].item()}")
     model = Model(values, weight, bias, scale, softcap, temperatures[:1], needs=(False, False, False))

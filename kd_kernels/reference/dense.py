@@ -65,13 +65,16 @@ def divergence(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor
     raise ValueError(f"no reference for objective {objective.name!r}")
 
 
-def sparse_divergence(objective: Objective, student: Tensor, target: SparseTarget) -> Tensor:
+def sparse_divergence(
+    objective: Objective, student: Tensor, target: SparseTarget, temperature: Tensor
+) -> Tensor:
     """Per-row divergence from a sparse teacher; see :class:`kd_kernels.SparseTarget` for what it means.
 
     Args:
         objective: any entry of the catalogue that the target's ``missing`` defines.
         student: ``[n, V]`` logits, temperature already applied.
-        target: of ``[n, K]`` ids, at the temperature wanted.
+        target: of ``[n, K]`` ids.
+        temperature: ``[n]``, what the target is brought to.
 
     Returns:
         ``[n]``, in the dtype of the logits.
@@ -80,6 +83,7 @@ def sparse_divergence(objective: Objective, student: Tensor, target: SparseTarge
     t = torch.where(used, target.logprobs.to(student.dtype), -torch.inf).exp()
     index = torch.where(used, target.ids.long(), 0)
     p = torch.zeros_like(student).scatter_add(1, index, torch.where(used, t, 0.0))  # repeated ids add up
+    p = p ** (target.temperature / temperature[:, None])
     named = torch.zeros_like(student).scatter_add(1, index, used.to(student.dtype)) > 0
     lq = student.log_softmax(-1)
     if target.missing == "unnormalised":
@@ -157,11 +161,9 @@ def dense_distill(
     if objective.name == "weighted_kl":
         objective = type(objective)(*(per_token(x) for x in objective.parameters()))
     if sparse:
-        renormalised = teacher.missing in ("teacher_renorm", "renorm_both")
-        logprobs = z_t * (teacher.temperature / t_t[:, None]) if renormalised else z_t
         tail = None if teacher.log_tail_mass is None else teacher.log_tail_mass[valid]
-        target = SparseTarget(teacher.ids[valid], logprobs, teacher.missing, 1.0, tail)
-        loss = soft_weight * sparse_divergence(objective, z_s / t_s[:, None], target)
+        target = SparseTarget(teacher.ids[valid], z_t, teacher.missing, teacher.temperature, tail)
+        loss = soft_weight * sparse_divergence(objective, z_s / t_s[:, None], target, t_t)
     else:
         loss = soft_weight * divergence(objective, z_s / t_s[:, None], z_t / t_t[:, None])
     if temperature_squared:
