@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from kd_kernels.cache.draws import Draws
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.reader import TeacherCache
 from kd_kernels.cache.record import TeacherRecord
@@ -134,19 +135,17 @@ class PadTogether:
 
 def stack(records: Sequence[TeacherRecord]) -> TeacherRecord:
     """Records ``[L]`` of one cache as one ``[B, longest L]``."""
-    fills = {
-        "ids": -1,
-        "logits": -torch.inf,
-        "lse": 0.0,
-        "log_tail_mass": 0.0,
-        "sample_ids": -1,
-        "sample_counts": 0,
-    }
     columns = {}
-    for name, fill in fills.items():
+    for name, fill in {"ids": -1, "logits": -torch.inf, "lse": 0.0, "log_tail_mass": 0.0}.items():
         values = [getattr(record, name) for record in records]
         columns[name] = None if values[0] is None else _padded(values, fill)
-    return TeacherRecord(**columns, temperature=records[0].temperature)
+    draws = None
+    if records[0].draws is not None:
+        ids, counts, per_token = (
+            [getattr(record.draws, name) for record in records] for name in ("ids", "counts", "per_token")
+        )
+        draws = Draws(torch.cat(ids), torch.cat(counts), _padded(per_token, 0), records[0].draws.samples)
+    return TeacherRecord(**columns, draws=draws, temperature=records[0].temperature)
 
 
 def _padded(values: Sequence[Tensor], fill: float) -> Tensor:

@@ -182,7 +182,7 @@ def _finished(ids: Tensor, logprobs: Tensor, temperature: float) -> TeacherRecor
     inside = torch.where(ids < 0, -math.inf, logprobs).double().exp().sum(-1)
     tail = torch.log1p(-inside.clamp(max=1.0)).float()
     lse = torch.zeros(len(ids))
-    return TeacherRecord(ids, logprobs * temperature, lse, tail, None, None, float(temperature))
+    return TeacherRecord(ids, logprobs * temperature, lse, tail, None, float(temperature))
 
 
 # --- DistillKit's codec -------------------------------------------------------------------------------

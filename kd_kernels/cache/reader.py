@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_kernels.cache import layout
 from kd_kernels.cache.checks import check_size, load
+from kd_kernels.cache.draws import Draws
 from kd_kernels.cache.errors import CacheError, arrow
 from kd_kernels.cache.manifest import Manifest, Shard, journals, read_journal, read_manifest, unlisted
 from kd_kernels.cache.record import TeacherRecord
@@ -41,6 +42,7 @@ class TeacherCache:
             for shard in read_journal(journal, self.manifest)[0]:
                 check_size(path / shard.name, shard)
                 self._list(journal, shard)
+        self._columns = tuple(layout.columns(self.manifest))
         self._loaded: dict[int, dict[str, Tensor]] = {}
         self._starts: dict[int, list[int]] = {}
 
@@ -104,15 +106,13 @@ class TeacherCache:
         start = self._starts[number][row]
         stop = start + self.shards[number].lengths[row]
         # Copies, so that nothing of the caller's hangs on a mapped file.
-        found = {name: columns[name][start:stop].clone() for name in layout.columns(self.manifest)}
-        ids, counts = _draws(columns, start, stop, self.manifest.samples)
+        found = {name: columns[name][start:stop].clone() for name in self._columns}
         return TeacherRecord(
             found.get("ids"),
             found.get("logits"),
             found["lse"],
             found["log_tail_mass"],
-            ids,
-            counts,
+            _draws(columns, start, stop, self.manifest.samples) if self.manifest.samples else None,
             self.manifest.temperature,
         )
 
@@ -173,17 +173,9 @@ def _key(sequence_id: Union[str, int]) -> str:
     return sequence_id if isinstance(sequence_id, str) else str(sequence_id)
 
 
-def _draws(
-    columns: dict[str, Tensor], start: int, stop: int, samples: int
-) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    """Ids and counts ``[tokens, samples]``, filled up with -1 and 0."""
-    if not samples:
-        return None, None
+def _draws(columns: dict[str, Tensor], start: int, stop: int, samples: int) -> Draws:
     ends = columns["sample_ends"][start : stop + 1]
-    first, last = int(ends[0]), int(ends[-1])
-    used = torch.arange(samples) < ends.diff()[:, None]
-    ids = torch.full(used.shape, -1, dtype=torch.int32)
-    counts = torch.zeros(used.shape, dtype=torch.int32)
-    ids[used] = columns["sample_ids"][first:last]
-    counts[used] = columns["sample_counts"][first:last].to(torch.int32)
-    return ids, counts
+    drawn = slice(int(ends[0]), int(ends[-1]))
+    return Draws(
+        columns["sample_ids"][drawn].clone(), columns["sample_counts"][drawn].clone(), ends.diff(), samples
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
+from kd_kernels.cache.draws import Draws
 from kd_kernels.sources import SparseTarget
 
 
@@ -25,14 +27,22 @@ class TeacherRecord:
     """``[L]``, or ``[L, M]`` for M temperatures."""
     log_tail_mass: Tensor
     """Logarithm of the probability outside the k; shaped as ``lse``."""
-    sample_ids: Optional[Tensor]
-    """``[L, samples]`` int32, -1 where unused."""
-    sample_counts: Optional[Tensor]
-    """``[L, samples]`` int32, 0 where unused."""
+    draws: Optional[Draws]
+    """Without their unused places; ``sample_ids`` and ``sample_counts`` are made of them when asked for."""
     temperature: Union[float, tuple[float, ...]]
 
     def __len__(self) -> int:
         return self.lse.shape[0]
+
+    @property
+    def sample_ids(self) -> Optional[Tensor]:
+        """``[L, samples]`` int32, -1 where unused."""
+        return None if self.draws is None else self.draws.padded()[0]
+
+    @property
+    def sample_counts(self) -> Optional[Tensor]:
+        """``[L, samples]`` int32, 0 where unused."""
+        return None if self.draws is None else self.draws.padded()[1]
 
     def target(self, missing: str = "tail", index: int = 0) -> SparseTarget:
         """The top-K as a teacher for :func:`kd_kernels.distill`, at the ``index``-th temperature.
@@ -61,37 +71,23 @@ class TeacherRecord:
         Raises:
             ValueError: the cache holds no draws.
         """
-        if self.sample_ids is None:
+        if self.draws is None:
             raise ValueError("this cache holds no draws (samples = 0): use target()")
         many = isinstance(self.temperature, tuple)
         temperature = self.temperature[0] if many else self.temperature
-        return SparseTarget.from_samples(self.sample_ids, self.sample_counts, temperature)
+        return SparseTarget.from_samples(*self.draws.padded(), temperature)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherRecord:
-        moved = (
-            None if x is None else x.to(device, non_blocking=non_blocking)
-            for x in (
-                self.ids,
-                self.logits,
-                self.lse,
-                self.log_tail_mass,
-                self.sample_ids,
-                self.sample_counts,
-            )
-        )
-        return TeacherRecord(*moved, self.temperature)
+        return _each(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TeacherRecord:
         """What a DataLoader with ``pin_memory=True`` asks of a batch."""
-        pinned = (
-            None if x is None else x.pin_memory()
-            for x in (
-                self.ids,
-                self.logits,
-                self.lse,
-                self.log_tail_mass,
-                self.sample_ids,
-                self.sample_counts,
-            )
-        )
-        return TeacherRecord(*pinned, self.temperature)
+        return _each(self, Tensor.pin_memory)
+
+
+def _each(record: Union[TeacherRecord, Draws], change: Callable[[Tensor], Tensor]) -> TeacherRecord:
+    """The same with every tensor changed."""
+    found = {field.name: getattr(record, field.name) for field in fields(record)}
+    tensors = {name: change(x) for name, x in found.items() if isinstance(x, Tensor)}
+    parts = {name: _each(x, change) for name, x in found.items() if isinstance(x, Draws)}
+    return replace(record, **tensors, **parts)

@@ -32,6 +32,7 @@ from kd_kernels.topk import TopK
 
 # An Arrow list counts its values in 31 bits; a shard has to stay below that whatever its columns.
 MOST_SHARD_BYTES = 1 << 30
+Columns = dict[str, Optional[Tensor]]
 
 
 class CacheWriter:
@@ -79,20 +80,22 @@ class CacheWriter:
         Raises:
             ValueError: a sequence that is there already; shapes, ids or a temperature not the cache's.
         """
-        name = _name(sequence_id)
+        self._append(_name(sequence_id), _columns(topk), topk.temperature)
+
+    def _append(self, name: str, columns: Columns, temperature: object) -> None:
         if self._lock is None:
             raise ValueError("this writer is closed")
         if name in self:
             raise ValueError(
                 f"sequence {name!r} is in the cache already; `sequence_id in writer` asks before the work"
             )
-        rows = _rows(self.manifest, name, topk)
+        rows = _rows(self.manifest, name, columns, temperature)
         size = sum(x.numel() * x.element_size() for x in rows.values())
         if size > MOST_SHARD_BYTES:
             raise ValueError(f"sequence {name!r} takes {size} bytes; the most is {MOST_SHARD_BYTES}")
         if self._bytes and self._bytes + size > self.shard_bytes:
             self.flush()
-        self._pending[name] = len(topk.lse)
+        self._pending[name] = len(rows["lse"])
         self._rows.append(rows)
         self._bytes += size
         self._progress.step(f"{self._shards} shards")
@@ -116,25 +119,13 @@ class CacheWriter:
                 f"sequence_ids, lengths and topk must be of as many sequences; they are of "
                 f"{len(sequence_ids)}, {len(lengths)} and {topk.lse.shape[0]}"
             )
+        columns = _columns(topk)
         for row, (sequence_id, length) in enumerate(zip(sequence_ids, lengths)):
             if not 0 <= length <= topk.lse.shape[1]:
                 raise ValueError(f"lengths[{row}] must be in [0, {topk.lse.shape[1]}], got {length}")
 
-            def cut(x: Optional[Tensor], row: int = row, length: int = length) -> Optional[Tensor]:
-                return None if x is None else x[row, :length]
-
-            self.append(
-                sequence_id,
-                TeacherRecord(
-                    cut(topk.ids),
-                    cut(topk.logits),
-                    cut(topk.lse),
-                    cut(topk.log_tail_mass),
-                    cut(topk.sample_ids),
-                    cut(topk.sample_counts),
-                    topk.temperature,
-                ),
-            )
+            cut = {name: None if x is None else x[row, :length] for name, x in columns.items()}
+            self._append(_name(sequence_id), cut, topk.temperature)
 
     def flush(self) -> None:
         """Commit what was appended: after it a kill loses nothing."""
@@ -217,19 +208,23 @@ def _serialised(manifest: Manifest, ids: list[str], lengths: list[int], rows: di
     return sink.getvalue()
 
 
-def _rows(manifest: Manifest, name: str, topk: Union[TopK, TeacherRecord]) -> dict[str, Tensor]:
-    """The columns of one sequence, checked."""
-    if isinstance(topk.temperature, tuple) != isinstance(manifest.temperature, tuple) or (
-        topk.temperature != manifest.temperature
+def _columns(topk: Union[TopK, TeacherRecord]) -> Columns:
+    names = ("ids", "logits", "lse", "log_tail_mass", "sample_ids", "sample_counts")
+    return {name: getattr(topk, name) for name in names}
+
+
+def _rows(manifest: Manifest, name: str, columns: Columns, temperature: object) -> dict[str, Tensor]:
+    """The columns of one sequence as a shard has them, checked."""
+    if isinstance(temperature, tuple) != isinstance(manifest.temperature, tuple) or (
+        temperature != manifest.temperature
     ):
         raise ValueError(
-            f"sequence {name!r} was made at temperature {topk.temperature}, the cache is of "
-            f"{manifest.temperature}"
+            f"sequence {name!r} was made at temperature {temperature}, the cache is of {manifest.temperature}"
         )
-    length = topk.lse.shape[0] if topk.lse.dim() else 0
+    length = columns["lse"].shape[0] if columns["lse"].dim() else 0
     rows = {}
     for column, (dtype, width) in layout.columns(manifest).items():
-        value = getattr(topk, column)
+        value = columns[column]
         shape = (length,) if width is None else (length, width)
         if value is None or tuple(value.shape) != shape:
             found = None if value is None else tuple(value.shape)
@@ -245,7 +240,7 @@ def _rows(manifest: Manifest, name: str, topk: Union[TopK, TeacherRecord]) -> di
         if column in rows:
             rows[column] = rows[column].to(layout.columns(manifest)[column][0])
     if manifest.samples:
-        rows.update(_draws(manifest, name, topk, length))
+        rows.update(_draws(manifest, name, columns, length))
     return {column: value.contiguous() for column, value in rows.items()}
 
 
@@ -260,8 +255,8 @@ def _make_relative(manifest: Manifest, rows: dict[str, Tensor]) -> None:
     rows["lse"] = lse - (shift if isinstance(manifest.temperature, tuple) else shift[:, 0])
 
 
-def _draws(manifest: Manifest, name: str, topk: Union[TopK, TeacherRecord], length: int) -> dict[str, Tensor]:
-    ids, counts = topk.sample_ids, topk.sample_counts
+def _draws(manifest: Manifest, name: str, columns: Columns, length: int) -> dict[str, Tensor]:
+    ids, counts = columns["sample_ids"], columns["sample_counts"]
     shape = (length, manifest.samples)
     if ids is None or counts is None or tuple(ids.shape) != shape or tuple(counts.shape) != shape:
         found = None if ids is None else tuple(ids.shape)
