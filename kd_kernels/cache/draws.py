@@ -31,7 +31,7 @@ class Draws:
         places = torch.arange(n, device=device) + shift.repeat_interleave(per_token, output_size=n)
         ids = torch.full((tokens * self.samples,), -1, dtype=torch.int32, device=device)
         counts = torch.zeros_like(ids)
-        ids[places] = self.ids
-        counts[places] = self.counts.to(torch.int32)
+        ids.scatter_(0, places, self.ids)
+        counts.scatter_(0, places, self.counts.to(torch.int32))
         shape = (*self.per_token.shape, self.samples)
         return ids.view(shape), counts.view(shape)

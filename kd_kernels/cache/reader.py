@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Optional, Union
@@ -10,7 +10,6 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from kd_kernels.cache import layout
 from kd_kernels.cache.checks import check_size, load
 from kd_kernels.cache.draws import Draws
 from kd_kernels.cache.errors import CacheError, arrow
@@ -42,9 +41,7 @@ class TeacherCache:
             for shard in read_journal(journal, self.manifest)[0]:
                 check_size(path / shard.name, shard)
                 self._list(journal, shard)
-        self._columns = tuple(layout.columns(self.manifest))
-        self._loaded: dict[int, dict[str, Tensor]] = {}
-        self._starts: dict[int, list[int]] = {}
+        self._shards: dict[int, _Mapped] = {}
 
     @classmethod
     def open(cls, path: Union[str, PathLike]) -> TeacherCache:
@@ -102,19 +99,8 @@ class TeacherCache:
             CacheError: its shard is damaged.
         """
         number, row = self._places[_key(sequence_id)]
-        columns = self._shard(number)
-        start = self._starts[number][row]
-        stop = start + self.shards[number].lengths[row]
-        # Copies, so that nothing of the caller's hangs on a mapped file.
-        found = {name: columns[name][start:stop].clone() for name in self._columns}
-        return TeacherRecord(
-            found.get("ids"),
-            found.get("logits"),
-            found["lse"],
-            found["log_tail_mass"],
-            _draws(columns, start, stop, self.manifest.samples) if self.manifest.samples else None,
-            self.manifest.temperature,
-        )
+        shard = self._shards.get(number) or self._open(number)
+        return shard.record(row, self.manifest)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -161,21 +147,40 @@ class TeacherCache:
                 )
             self._places[sequence_id] = (len(self.shards) - 1, row)
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self._loaded:
-            shard = self.shards[number]
-            self._starts[number] = torch.tensor([0, *shard.lengths]).cumsum(0).tolist()
-            self._loaded[number] = load(self.path / shard.name, shard, self.manifest)
-        return self._loaded[number]
+    def _open(self, number: int) -> _Mapped:
+        shard = self.shards[number]
+        self._shards[number] = _Mapped(load(self.path / shard.name, shard, self.manifest), shard.lengths)
+        return self._shards[number]
+
+
+class _Mapped:
+    """A shard that has been checked, and where its sequences begin."""
+
+    def __init__(self, columns: dict[str, Tensor], lengths: Sequence[int]) -> None:
+        self.columns, self.lengths = columns, lengths
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        self.starts = starts.tolist()
+        self.drawn = columns["sample_ends"][starts].tolist() if "sample_ends" in columns else []
+
+    def record(self, row: int, manifest: Manifest) -> TeacherRecord:
+        """Copies, so that nothing of the caller's hangs on a mapped file."""
+        start, length = self.starts[row], self.lengths[row]
+        found = [
+            torch.narrow_copy(self.columns[name], 0, start, length) if name in self.columns else None
+            for name in ("ids", "logits", "lse", "log_tail_mass")
+        ]
+        return TeacherRecord(*found, self._draws(row, manifest.samples), manifest.temperature)
+
+    def _draws(self, row: int, samples: int) -> Optional[Draws]:
+        if not samples:
+            return None
+        first, n = self.drawn[row], self.drawn[row + 1] - self.drawn[row]
+        ids, counts = (
+            torch.narrow_copy(self.columns[name], 0, first, n) for name in ("sample_ids", "sample_counts")
+        )
+        ends = self.columns["sample_ends"][self.starts[row] : self.starts[row + 1] + 1]
+        return Draws(ids, counts, ends.diff(), samples)
 
 
 def _key(sequence_id: Union[str, int]) -> str:
     return sequence_id if isinstance(sequence_id, str) else str(sequence_id)
-
-
-def _draws(columns: dict[str, Tensor], start: int, stop: int, samples: int) -> Draws:
-    ends = columns["sample_ends"][start : stop + 1]
-    drawn = slice(int(ends[0]), int(ends[-1]))
-    return Draws(
-        columns["sample_ids"][drawn].clone(), columns["sample_counts"][drawn].clone(), ends.diff(), samples
-    )
