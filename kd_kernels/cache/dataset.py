@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from kd_kernels.cache.draws import Draws
+from kd_kernels.cache.draws import stack_draws
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.reader import TeacherCache
 from kd_kernels.cache.record import TeacherRecord
@@ -139,12 +139,7 @@ def stack(records: Sequence[TeacherRecord]) -> TeacherRecord:
     for name, fill in {"ids": -1, "logits": -torch.inf, "lse": 0.0, "log_tail_mass": 0.0}.items():
         values = [getattr(record, name) for record in records]
         columns[name] = None if values[0] is None else _padded(values, fill)
-    draws = None
-    if records[0].draws is not None:
-        ids, counts, per_token = (
-            [getattr(record.draws, name) for record in records] for name in ("ids", "counts", "per_token")
-        )
-        draws = Draws(torch.cat(ids), torch.cat(counts), _padded(per_token, 0), records[0].draws.samples)
+    draws = None if records[0].draws is None else stack_draws([record.draws for record in records])
     return TeacherRecord(**columns, draws=draws, temperature=records[0].temperature)
 
 

@@ -157,7 +157,9 @@ class _Mapped:
     """A shard that has been checked, and where its sequences begin."""
 
     def __init__(self, columns: dict[str, Tensor], lengths: Sequence[int]) -> None:
-        self.columns, self.lengths = columns, lengths
+        self.lengths = lengths
+        self.of_tokens = [columns.get(name) for name in ("ids", "logits", "lse", "log_tail_mass")]
+        self.of_draws = [columns.get(name) for name in ("sample_ids", "sample_counts", "sample_ends")]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         self.starts = starts.tolist()
         self.drawn = columns["sample_ends"][starts].tolist() if "sample_ends" in columns else []
@@ -165,21 +167,21 @@ class _Mapped:
     def record(self, row: int, manifest: Manifest) -> TeacherRecord:
         """Copies, so that nothing of the caller's hangs on a mapped file."""
         start, length = self.starts[row], self.lengths[row]
-        found = [
-            torch.narrow_copy(self.columns[name], 0, start, length) if name in self.columns else None
-            for name in ("ids", "logits", "lse", "log_tail_mass")
-        ]
+        found = [None if x is None else x.narrow_copy(0, start, length) for x in self.of_tokens]
         return TeacherRecord(*found, self._draws(row, manifest.samples), manifest.temperature)
 
     def _draws(self, row: int, samples: int) -> Optional[Draws]:
         if not samples:
             return None
-        first, n = self.drawn[row], self.drawn[row + 1] - self.drawn[row]
-        ids, counts = (
-            torch.narrow_copy(self.columns[name], 0, first, n) for name in ("sample_ids", "sample_counts")
+        first, n, length = self.drawn[row], self.drawn[row + 1] - self.drawn[row], self.lengths[row]
+        ids, counts, ends = self.of_draws
+        return Draws(
+            ids.narrow_copy(0, first, n),
+            counts.narrow_copy(0, first, n),
+            ends.narrow_copy(0, self.starts[row], length + 1),
+            (length,),
+            samples,
         )
-        ends = self.columns["sample_ends"][self.starts[row] : self.starts[row + 1] + 1]
-        return Draws(ids, counts, ends.diff(), samples)
 
 
 def _key(sequence_id: Union[str, int]) -> str:
