@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -50,7 +50,7 @@ class Manifest:
         _integer("samples", self.samples, 0, MOST_SAMPLES)
         _need(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         good = bool(self.temperatures) and all(
-            isinstance(t, (int, float)) and not isinstance(t, bool) and 0 < t < math.inf
+            isinstance(t, (int, float)) and not isinstance(t, bool) and 0 < t <= sys.float_info.max
             for t in self.temperatures
         )
         _need(good, "temperature", self.temperature, "a number > 0, or several")
