@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -44,18 +45,30 @@ def fork(work):
         try:
             work()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child
 
 
-def write_the_rest(path, written, pause=0.0):
-    """What a writer does that is started again and again; two sequences to a shard."""
-    with create(path, shard_bytes=1000) as writer:
+def survives(work):
+    """``work`` in a process of its own, where a crash is a failed test and not the end of them all."""
+    _, status = os.waitpid(fork(work), 0)
+    assert status == 0, (
+        f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "see the traceback above"
+    )
+
+
+def write_the_rest(path, written, report=None, **options):
+    """What a writer does that is started again and again. ``report``: where to say what is committed."""
+    with create(path, **{"shard_bytes": 1000, **options}) as writer:
         for name, record in written.items():
             if name not in writer:
-                time.sleep(pause)
                 writer.append(name, record)
+                if report is not None:
+                    writer.flush()
+                    os.write(report, f"{name}\n".encode())
 
 
 def committed(path, written):
@@ -68,26 +81,56 @@ def committed(path, written):
     return list(cache)
 
 
-def test_killed_fifty_times(quick_path, written):
-    """At random moments: what was committed stays, and the next writer goes on from there."""
-    rng = random.Random(0)
-    write_the_rest(quick_path / "imports", written)  # pyarrow loads much at first use, and forks have it then
-    kills, finished, path, before = 0, 0, quick_path / "0", []
+def half_done(path):
+    """What writers that were killed between the first and the last step of committing something left."""
+    if not (path / "manifest.json").exists():
+        return set()
+    torn = {
+        (file.name, file.stat().st_size)
+        for file in path.glob("*.jsonl")
+        if file.stat().st_size and not file.read_bytes().endswith(b"\n")
+    }
+    return torn | {(name, (path / name).stat().st_ino) for name in kd.TeacherCache.open(path).unlisted()}
+
+
+@pytest.mark.parametrize("writers", [1, 2])
+def test_killed_fifty_times(tmp_path, writers):
+    """At random moments, all writers at once: whatever one said was committed is there, and the next ones go
+    on. A reader that comes while they write finds what is committed then."""
+    rng = random.Random(writers)
+    written = records(24)
+    mine = [dict(list(written.items())[rank::writers]) for rank in range(writers)]
+    write_the_rest(tmp_path / "imports", written)  # pyarrow loads much at first use, and forks have it then
+    kills, amid, finished, path, said, before = 0, 0, 0, tmp_path / "0", set(), set()
     while kills < 50:
-        child = fork(partial(write_the_rest, path, written, pause=0.003))
-        time.sleep(rng.uniform(0.001, 0.04))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
-        after = committed(path, written)
-        assert after[: len(before)] == before
-        before = after
-        if len(after) == COUNT:
+        source, report = os.pipe()
+        children = [
+            fork(partial(write_the_rest, path, mine[rank], report, rank=rank)) for rank in range(writers)
+        ]
+        os.close(report)
+        time.sleep(rng.uniform(0.001, 0.05))
+        if kills % 2 and path.exists():
+            committed(path, written)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        ends = [os.waitpid(child, 0)[1] for child in children]
+        assert all(os.WIFSIGNALED(end) or end == 0 for end in ends)
+        with os.fdopen(source) as pipe:
+            said |= {line[:-1] for line in pipe if line.endswith("\n")}
+        killed = any(os.WIFSIGNALED(end) for end in ends)
+        kills += killed
+        amid += bool(half_done(path) - before)
+        before = half_done(path)
+        found = committed(path, written)
+        assert said <= set(found)
+        said = set(found)
+        if len(found) == len(written):
             finished += 1
-            path, before = quick_path / str(finished), []
-    assert finished >= 2, "the writers never got on: the kills prove nothing"
-    write_the_rest(path, written)
-    assert committed(path, written) == list(written)
+            path, said, before = tmp_path / str(finished), set(), set()
+    assert finished >= 2 and amid >= 5, f"{finished} caches were finished, {amid} kills met a write"
+    for rank in range(writers):
+        write_the_rest(path, mine[rank], rank=rank)
+    assert sorted(committed(path, written)) == sorted(written)
 
 
 STEPS = ("fsync", "replace", "ftruncate", "link")
@@ -209,6 +252,10 @@ def read_all(path, written):
 
 def test_ten_thousand_mutated_files(quick_path):
     """Each an error that names the file, or the right data."""
+    survives(partial(read_mutated_files, quick_path))
+
+
+def read_mutated_files(quick_path):
     rng = random.Random(1)
     # One token in a row, so that much of each file is structure.
     few = {f"s{i}": teacher(1 + i, i) for i in range(3)}
@@ -234,6 +281,10 @@ def test_ten_thousand_mutated_files(quick_path):
 def test_mutated_shards_with_right_checksums(quick_path):
     """What no checksum catches is refused by form, or read as values that are in range and of the form asked
     for: nothing is read outside the file."""
+    survives(partial(read_mutated_shards, quick_path))
+
+
+def read_mutated_shards(quick_path):
     rng = random.Random(2)
     few = {f"s{i}": teacher(2 + i, i) for i in range(2)}
     write(quick_path, few, shard_bytes=1 << 20)
