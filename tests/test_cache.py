@@ -276,7 +276,83 @@ def test_records_are_the_readers_own(tmp_path):
     cache = write(tmp_path, {"a": written})
     for name in FIELDS:
         getattr(cache["a"], name).zero_()
+    for tensor in (cache["a"].draws.ids, cache["a"].draws.counts, cache["a"].draws.ends):
+        tensor.zero_()
     assert_same(cache["a"], written)
+
+
+def test_nothing_in_it(tmp_path):
+    """No sequences, and sequences without tokens."""
+    create(tmp_path / "none").close()
+    cache = kd.TeacherCache.open(tmp_path / "none")
+    assert (len(cache), list(cache), cache.tokens, "a" in cache, cache.unlisted()) == (0, [], 0, False, [])
+    for names in (["empty"], ["empty", "full", "empty too"]):
+        written = {name: teacher(3 if name == "full" else 0, 0) for name in names}
+        cache = write(tmp_path / str(len(names)), written, shard_bytes=1 << 20)
+        for name in names:
+            assert_same(cache[name], written[name])
+            assert cache[name].target().ids.shape == (len(written[name].lse), K)
+
+
+def test_names(tmp_path):
+    """Any text, and integers of any library; 7 and "7" are one."""
+    names = ["ü", "u\u0308", "日本", "😀", "a\0b", "\n", "", '"\\', "../x", "a\u2028b\x85c", -3, 7]
+    cache = write(tmp_path, {name: teacher(2, seed) for seed, name in enumerate(names)})
+    assert list(cache) == [*names[:-2], "-3", "7"]
+    for seed, name in enumerate(names):
+        assert_same(cache[name], teacher(2, seed))
+    for seven in (7, "7", torch.tensor(7)):
+        assert seven in cache and cache.length(seven) == 2
+    assert all(other not in cache for other in (None, 7.0, "07", ["7"], True))
+
+
+def test_a_path_that_is_relative(tmp_path, monkeypatch):
+    """Stays where it was when the process goes elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    with create("cache") as writer:
+        monkeypatch.chdir("/")
+        writer.append("a", teacher(3, 0))
+    monkeypatch.chdir(tmp_path)
+    cache = kd.TeacherCache.open("cache")
+    monkeypatch.chdir("/")
+    assert_same(cache["a"], teacher(3, 0))
+
+
+def test_opened_while_it_is_written(tmp_path):
+    """What is committed by then is there, and stays there."""
+    written, opened = records(6), []
+    with create(tmp_path, shard_bytes=500) as writer:
+        for name, record in written.items():
+            writer.append(name, record)
+            opened.append((kd.TeacherCache.open(tmp_path), writer.committed))
+    assert 0 < len(opened[2][0]) < len(opened[5][0])
+    for cache, committed in opened:
+        assert set(cache) == committed
+        for name in cache:
+            assert_same(cache[name], written[name])
+
+
+def test_reading_writes_nothing(tmp_path):
+    """A folder that cannot be written is good enough."""
+    write(tmp_path, records(2))
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    tmp_path.chmod(0o555)
+    try:
+        cache = kd.TeacherCache.open(tmp_path)
+        cache["sequence 1"].logits.zero_()
+        cache.verify(cache.shards[0])
+    finally:
+        tmp_path.chmod(0o755)
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+
+
+def test_draws_to_another_place(tmp_path):
+    """As wide as they were, and as narrow as they lie on disk."""
+    written = teacher(5, 0)
+    found = write(tmp_path, {"a": written})["a"].to("cpu", non_blocking=True)
+    assert_same(found, written)
+    assert len(found.draws.ids) == (written.sample_ids >= 0).sum() < written.sample_ids.numel()
+    assert torch.equal(found.draws.per_token, (written.sample_ids >= 0).sum(-1).to(torch.int32))
 
 
 def _first_shard(path):

@@ -1,5 +1,7 @@
 """A cache joined to tokens: by id, over workers and ranks, from any place in an epoch."""
 
+import os
+
 import pytest
 import torch
 from caches import FIELDS, VOCAB, K, records, write
@@ -25,7 +27,7 @@ def joined(tmp_path):
     return TeacherDataset(tokens, tmp_path), written
 
 
-@pytest.mark.parametrize("workers, start", [(0, None), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize("workers, start", [(0, None), (2, "fork"), (2, "spawn")])
 def test_joined_by_id(joined, workers, start):
     dataset, written = joined
     loader = DataLoader(
@@ -106,3 +108,77 @@ def test_goes_on_in_the_middle(then):
     assert len(set(done + rest)) == len(done + rest) == 4 + (COUNT - 4) // then * then
     with pytest.raises(ValueError, match=r"consumed must be in \[0, 11\], got 12"):
         later[0].set_position(0, consumed=12)
+
+
+def test_goes_on_twice():
+    """Stopped, gone on with by other ranks, stopped again: every sequence once, whatever the ranks."""
+    seen, consumed = [], 0
+    for world, each in ((2, 2), (3, 1), (1, 4)):
+        samplers = [ResumableSampler(COUNT, rank=r, world_size=world, seed=5) for r in range(world)]
+        for sampler in samplers:
+            sampler.set_position(3, consumed)
+            seen += list(sampler)[:each]
+        consumed += world * each
+    assert sorted(seen) == list(range(COUNT)) and consumed == COUNT
+    for sampler in samplers:
+        assert len(sampler) == 4
+        sampler.set_position(3, consumed)
+        assert list(sampler) == [] and len(sampler) == 0
+
+
+def test_goes_on_with_the_batches_that_were_next(joined):
+    """In the loader, workers ahead of the training loop included."""
+    dataset, _ = joined
+
+    def loader(consumed):
+        sampler = ResumableSampler(COUNT, rank=0, world_size=1, seed=2)
+        sampler.set_position(1, consumed)
+        return DataLoader(dataset, 2, sampler=sampler, num_workers=2, collate_fn=PadTogether())
+
+    whole = [batch["input_ids"] for batch in loader(0)]
+    iterator = iter(loader(0))
+    first = [next(iterator)["input_ids"] for _ in range(2)]
+    del iterator
+    rest = [batch["input_ids"] for batch in loader(4)]
+    assert len(whole) == len(first + rest) == 6
+    assert all(torch.equal(a, b) for a, b in zip(whole, first + rest))
+
+
+def _share_of_an_epoch(rank, dataset, store, results):
+    """What one of two processes of torch.distributed is given; its rank is that of the process group."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    sampler = ResumableSampler(len(dataset), seed=4)
+    loader = DataLoader(dataset, 2, sampler=sampler, num_workers=2, collate_fn=PadTogether())
+    found = []
+    for batch in loader:
+        lengths = torch.tensor(batch["teacher"].lse.shape)
+        torch.distributed.all_reduce(lengths)  # hangs where one rank has a batch more
+        mask = batch["attention_mask"].bool()
+        found += [
+            (int(n), round(float(x.sum()), 3)) for n, x in zip(mask.sum(1), batch["teacher"].lse * mask)
+        ]
+    results.put((rank, found))
+    torch.distributed.barrier()
+    results.close()
+    results.join_thread()
+    os._exit(0)  # gloo's threads may abort the interpreter's own end on a busy machine
+
+
+def test_two_processes_and_their_workers(joined, tmp_path):
+    """Sequences of different lengths: as many batches for both, no sequence for both."""
+    dataset, written = joined
+    fork = torch.multiprocessing.get_context("fork")
+    results = fork.Queue()
+    arguments = (dataset, tmp_path / "store", results)
+    processes = [fork.Process(target=_share_of_an_epoch, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    shares = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(shares[0]) == len(shares[1]) == COUNT // 2
+    seen = shares[0] + shares[1]
+    exact = {(len(r.lse), round(float(r.lse.sum()), 3)) for r in written.values()}
+    assert len(exact) == COUNT and len(set(seen)) == len(seen) and set(seen) <= exact

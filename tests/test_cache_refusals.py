@@ -2,6 +2,7 @@
 field that is wrong. All checksums are right where the sentence is not about them."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -127,6 +128,26 @@ def test_manifest_fields(path, changes, message):
 def test_journal_fields(path, changes, message):
     sealed(JOURNAL, **changes)(path)
     refused(path, JOURNAL, message)
+
+
+def test_what_is_no_cache(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("{}")
+    with pytest.raises(kd.CacheError, match=f"{file} is not a teacher cache: it has no manifest.json"):
+        kd.TeacherCache.open(file)
+    with pytest.raises(kd.CacheError, match=f"{file}: a cache is a directory, and there is a file"):
+        create(file)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_files_that_are_none(path, make):
+    """A pipe would be waited for."""
+    make(path / "shards-00001.jsonl")
+    refused(path, "shards-00001.jsonl", "the journal is not a file")
+    (path / MANIFEST).unlink()
+    make(path / MANIFEST)
+    with pytest.raises(kd.CacheError, match="not a teacher cache: it has no manifest.json"):
+        kd.TeacherCache.open(path)
 
 
 # --- shards ---------------------------------------------------------------------------------------------
@@ -338,8 +359,9 @@ def test_shards(path, case):
 def test_what_create_refuses(tmp_path):
     for options, message in (
         ({"k": 0, "samples": 0}, "k and samples are both 0"),
-        ({"rank": -1}, r"rank must be in \[0, 100000\), got -1"),
-        ({"rank": 100_000}, r"rank must be in \[0, 100000\), got 100000"),
+        ({"rank": -1}, r"rank must be an integer in \[0, 100000\), got -1"),
+        ({"rank": 100_000}, r"rank must be an integer in \[0, 100000\), got 100000"),
+        ({"rank": "0"}, r"rank must be an integer in \[0, 100000\), got '0'"),
         ({"shard_bytes": 0}, r"shard_bytes must be in \[1, 1073741824\], got 0"),
         ({"shard_bytes": MOST_SHARD_BYTES + 1}, "shard_bytes must be in"),
     ):
@@ -354,6 +376,22 @@ def test_what_append_refuses(tmp_path, monkeypatch):
             writer.append("\ud800", teacher(3, 0))
         with pytest.raises(TypeError, match="sequence_id must be a string or an int, got bool"):
             writer.append(True, teacher(3, 0))
+        with pytest.raises(TypeError, match="topk must be what kd.linear_topk .* gives, got Tensor"):
+            writer.append("a", torch.randn(3, VOCAB))
+        right, wide = teacher(3, 0), teacher(3, 0, dtype=torch.float64)
+        for wrong, message in (
+            (right._replace(ids=right.ids + 0.5), "ids must be integers, got torch.float32"),
+            (right._replace(logits=right.ids), "logits must be floating, got torch.int32"),
+            (right._replace(sample_counts=right.sample_counts > 0), "sample_counts must be integers"),
+            (wide, 'logits is float64, the cache keeps float32; create it with dtype="float64"'),
+            (right._replace(lse=wide.lse), "lse is float64, the cache keeps float32"),
+        ):
+            with pytest.raises(ValueError, match=f"sequence 'a': {message}"):
+                writer.append("a", wrong)
+        batch = kd.linear_topk(torch.randn(1, 3, VOCAB), K, samples=SAMPLES)
+        with pytest.raises(ValueError, match=r"lengths\[0\] must be in \[0, 3\], got 1.5"):
+            writer.append_batch(["a"], batch, [1.5])
+        assert "a" not in writer
         monkeypatch.setattr("kd_kernels.cache.writer.MOST_SHARD_BYTES", 100)
         with pytest.raises(ValueError, match="sequence 'a' takes [0-9]+ bytes; the most is 100"):
             writer.append("a", teacher(3, 0))

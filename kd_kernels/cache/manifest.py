@@ -151,7 +151,10 @@ def agree_on_manifest(path: Path, ours: Manifest) -> None:
     Raises:
         CacheError: the cache that is there is another.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CacheError(f"{path}: a cache is a directory, and there is a file in its place") from None
     file, draft = path / MANIFEST, path / f"{MANIFEST}.{os.getpid()}.part"
     if not file.exists():
         write_durably(draft, seal(ours.to_json()) + b"\n")
@@ -202,6 +205,8 @@ def read_journal(file: Path, manifest: Manifest) -> tuple[list[Shard], int]:
     Raises:
         CacheError: any other line that is not as it was written.
     """
+    if not file.is_file():
+        raise CacheError(f"{file}: the journal is not a file")
     data = file.read_bytes()
     whole = data.rfind(b"\n") + 1
     rank = int(_JOURNAL.fullmatch(file.name)[1])

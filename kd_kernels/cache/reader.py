@@ -14,7 +14,7 @@ from kd_kernels.cache.checks import check_size, load
 from kd_kernels.cache.draws import Draws
 from kd_kernels.cache.errors import CacheError, arrow
 from kd_kernels.cache.manifest import Manifest, Shard, journals, read_journal, read_manifest, unlisted
-from kd_kernels.cache.record import TeacherRecord
+from kd_kernels.cache.record import TeacherRecord, name_of
 from kd_kernels.cache.writer import CacheWriter
 
 
@@ -51,7 +51,7 @@ class TeacherCache:
                 :meth:`verify` does so at once.
             ImportError: pyarrow is not installed.
         """
-        return cls(Path(path))
+        return cls(Path(path).absolute())
 
     @staticmethod
     def create(
@@ -90,15 +90,15 @@ class TeacherCache:
             on = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if on else 0
         manifest = Manifest(model, vocab_size, k, temperature, samples, dtype)
-        return CacheWriter(Path(path), manifest, rank, shard_bytes, total)
+        return CacheWriter(Path(path).absolute(), manifest, rank, shard_bytes, total)
 
     def __getitem__(self, sequence_id: Union[str, int]) -> TeacherRecord:
         """
         Raises:
-            KeyError: no such sequence.
+            KeyError, TypeError: no such sequence.
             CacheError: its shard is damaged.
         """
-        number, row = self._places[_key(sequence_id)]
+        number, row = self._places[name_of(sequence_id)]
         shard = self._shards.get(number) or self._open(number)
         return shard.record(row, self.manifest)
 
@@ -110,11 +110,14 @@ class TeacherCache:
         return iter(self._places)
 
     def __contains__(self, sequence_id: object) -> bool:
-        return isinstance(sequence_id, (str, int)) and _key(sequence_id) in self._places
+        try:
+            return name_of(sequence_id) in self._places
+        except TypeError:
+            return False
 
     def length(self, sequence_id: Union[str, int]) -> int:
         """Tokens of a sequence, without reading it."""
-        number, row = self._places[_key(sequence_id)]
+        number, row = self._places[name_of(sequence_id)]
         return self.shards[number].lengths[row]
 
     @property
@@ -182,7 +185,3 @@ class _Mapped:
             (length,),
             samples,
         )
-
-
-def _key(sequence_id: Union[str, int]) -> str:
-    return sequence_id if isinstance(sequence_id, str) else str(sequence_id)

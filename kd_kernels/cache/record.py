@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Optional, Union
@@ -83,6 +84,22 @@ class TeacherRecord:
     def pin_memory(self) -> TeacherRecord:
         """What a DataLoader with ``pin_memory=True`` asks of a batch."""
         return _each(self, Tensor.pin_memory)
+
+
+def name_of(sequence_id: object) -> str:
+    """The string that a sequence is filed under.
+
+    Raises:
+        TypeError: neither a string nor an integer (of Python, numpy or torch).
+    """
+    if isinstance(sequence_id, str):
+        return sequence_id
+    try:
+        if isinstance(sequence_id, bool):
+            raise TypeError
+        return str(operator.index(sequence_id))
+    except TypeError:
+        raise TypeError(f"sequence_id must be a string or an int, got {type(sequence_id).__name__}") from None
 
 
 def _each(record: Union[TeacherRecord, Draws], change: Callable[[Tensor], Tensor]) -> TeacherRecord:

@@ -26,7 +26,7 @@ from kd_kernels.cache.manifest import (
     sync_directory,
     write_durably,
 )
-from kd_kernels.cache.record import TeacherRecord
+from kd_kernels.cache.record import TeacherRecord, name_of
 from kd_kernels.progress import Progress
 from kd_kernels.topk import TopK
 
@@ -44,8 +44,8 @@ class CacheWriter:
         self, path: Path, manifest: Manifest, rank: int, shard_bytes: int, total: Optional[int]
     ) -> None:
         arrow()
-        if not 0 <= rank < 100_000:
-            raise ValueError(f"rank must be in [0, 100000), got {rank}")
+        if not isinstance(rank, int) or not 0 <= rank < 100_000:
+            raise ValueError(f"rank must be an integer in [0, 100000), got {rank!r}")
         if not 0 < shard_bytes <= MOST_SHARD_BYTES:
             raise ValueError(f"shard_bytes must be in [1, {MOST_SHARD_BYTES}], got {shard_bytes}")
         self.path, self.manifest, self.rank, self.shard_bytes = path, manifest, rank, shard_bytes
@@ -78,7 +78,8 @@ class CacheWriter:
                 teacher's distribution after token j.
 
         Raises:
-            ValueError: a sequence that is there already; shapes, ids or a temperature not the cache's.
+            TypeError, ValueError: a sequence that is there already; shapes, dtypes, ids or a temperature not
+                the cache's.
         """
         self._append(_name(sequence_id), _columns(topk), topk.temperature)
 
@@ -112,19 +113,18 @@ class CacheWriter:
         right.
 
         Raises:
-            ValueError: as :meth:`append`; numbers of sequences that differ.
+            TypeError, ValueError: as :meth:`append`; numbers of sequences that differ; lengths that are none.
         """
+        columns = _columns(topk)
         if not len(sequence_ids) == len(lengths) == topk.lse.shape[0]:
             raise ValueError(
                 f"sequence_ids, lengths and topk must be of as many sequences; they are of "
                 f"{len(sequence_ids)}, {len(lengths)} and {topk.lse.shape[0]}"
             )
-        columns = _columns(topk)
         for row, (sequence_id, length) in enumerate(zip(sequence_ids, lengths)):
-            if not 0 <= length <= topk.lse.shape[1]:
+            if int(length) != length or not 0 <= length <= topk.lse.shape[1]:
                 raise ValueError(f"lengths[{row}] must be in [0, {topk.lse.shape[1]}], got {length}")
-
-            cut = {name: None if x is None else x[row, :length] for name, x in columns.items()}
+            cut = {name: None if x is None else x[row, : int(length)] for name, x in columns.items()}
             self._append(_name(sequence_id), cut, topk.temperature)
 
     def flush(self) -> None:
@@ -172,15 +172,12 @@ class CacheWriter:
 
 
 def _name(sequence_id: object) -> str:
-    if isinstance(sequence_id, int) and not isinstance(sequence_id, bool):
-        return str(sequence_id)
-    if not isinstance(sequence_id, str):
-        raise TypeError(f"sequence_id must be a string or an int, got {type(sequence_id).__name__}")
+    name = name_of(sequence_id)
     try:
-        sequence_id.encode()
+        name.encode()
     except UnicodeEncodeError:
         raise ValueError(f"sequence_id must be text that UTF-8 can hold, got {sequence_id!r}") from None
-    return sequence_id
+    return name
 
 
 def _lock(journal: Path) -> int:
@@ -209,6 +206,10 @@ def _serialised(manifest: Manifest, ids: list[str], lengths: list[int], rows: di
 
 
 def _columns(topk: Union[TopK, TeacherRecord]) -> Columns:
+    if not isinstance(topk, (TopK, TeacherRecord)):
+        raise TypeError(
+            f"topk must be what kd.linear_topk or kd_kernels.cache.foreign gives, got {type(topk).__name__}"
+        )
     names = ("ids", "logits", "lse", "log_tail_mass", "sample_ids", "sample_counts")
     return {name: getattr(topk, name) for name in names}
 
@@ -229,6 +230,7 @@ def _rows(manifest: Manifest, name: str, columns: Columns, temperature: object) 
         if value is None or tuple(value.shape) != shape:
             found = None if value is None else tuple(value.shape)
             raise ValueError(f"sequence {name!r}: {column} must be {shape}, one row a token; got {found}")
+        _check_dtype(manifest, name, column, value)
         rows[column] = value.detach().cpu()
         if column == "ids":
             _check_ids(manifest, name, column, rows[column], least=-1)
@@ -261,6 +263,8 @@ def _draws(manifest: Manifest, name: str, columns: Columns, length: int) -> dict
     if ids is None or counts is None or tuple(ids.shape) != shape or tuple(counts.shape) != shape:
         found = None if ids is None else tuple(ids.shape)
         raise ValueError(f"sequence {name!r}: sample_ids and sample_counts must be {shape}; got {found}")
+    for column in ("sample_ids", "sample_counts"):
+        _check_dtype(manifest, name, column, columns[column])
     ids, counts = ids.detach().cpu(), counts.detach().cpu()
     _check_ids(manifest, name, "sample_ids", ids, least=-1)
     used = ids >= 0
@@ -271,6 +275,22 @@ def _draws(manifest: Manifest, name: str, columns: Columns, length: int) -> dict
         "sample_ids": ids[used].to(torch.int32),
         "sample_counts": counts[used].to(layout.count_dtype(manifest)),
     }
+
+
+def _check_dtype(manifest: Manifest, name: str, column: str, value: Tensor) -> None:
+    floating = column in ("logits", "lse", "log_tail_mass")
+    if floating != value.dtype.is_floating_point or value.dtype in (
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    ):
+        what = "floating" if floating else "integers"
+        raise ValueError(f"sequence {name!r}: {column} must be {what}, got {value.dtype}")
+    if value.dtype == torch.float64 and manifest.dtype == "float32":
+        raise ValueError(
+            f"sequence {name!r}: {column} is float64, the cache keeps float32; create it with "
+            f'dtype="float64", or narrow what is appended'
+        )
 
 
 def _check_ids(manifest: Manifest, name: str, column: str, ids: Tensor, least: int) -> None:
