@@ -190,6 +190,19 @@ def test_a_torn_last_line(tmp_path, written):
         assert committed(path, few) == list(few)
 
 
+def test_a_torn_line_longer_than_the_next(tmp_path, written):
+    """Nothing of it stays behind what is written over it."""
+    write(tmp_path, {"a": written["sequence 0"]})
+    with open(tmp_path / "shards-00000.jsonl", "ab") as stream:
+        stream.write(b'{"content":' + b"x" * 5000)
+    with create(tmp_path) as writer:
+        writer.append("b", written["sequence 1"])
+    assert committed(tmp_path, {"a": written["sequence 0"], "b": written["sequence 1"]}) == ["a", "b"]
+    assert (tmp_path / "shards-00000.jsonl").read_bytes().endswith(b"}\n")
+    with create(tmp_path) as writer:
+        assert writer.committed == {"a", "b"}
+
+
 def test_a_full_disk(tmp_path, written, monkeypatch):
     """The error comes through, and nothing half-written is listed."""
     with create(tmp_path) as writer:

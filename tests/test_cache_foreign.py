@@ -161,6 +161,35 @@ def test_distillkit_polynomial_and_bins():
         from_distillkit(row, config)
 
 
+def axolotl(**changes):
+    row = {"target_token_ids": [[1, 2]], "target_logprobs": [[-1.0, -2.0]], "target_mask": [[1, 1]]}
+    return from_axolotl({**row, **changes}, 2)
+
+
+def distillkit(changes=(), **config):
+    """A row of the ids 1 and 15, at -1 and -2."""
+    row = {
+        "input_ids": [1, 2],
+        "bytepacked_indices": [[0x1F]],
+        "compressed_logprobs": [torch.tensor([-1.0, -2.0]).view(torch.uint8).tolist()],
+    }
+    right = {"d": 16, "k": 2, "exact_k": 2, "exact_dtype": "float32", "delta_encoding": False}
+    return from_distillkit({**row, **dict(changes)}, {**right, **config})
+
+
+def test_the_rows_below_are_right_but_for_one_thing():
+    for record in (axolotl(), distillkit()):
+        torch.testing.assert_close(record.logits[0], torch.tensor([-1.0, -2.0]))
+    assert distillkit().ids.tolist() == [[1, 15], [-1, -1]]
+    # One row of an odd number of bytes, with a float16 at byte 2.
+    halves = torch.tensor([-1.0, 0.5], dtype=torch.float16).view(torch.uint8).tolist()
+    bins = [{"scale_dtype": "float16", "element_bits": 8, "num_elements": 1}]
+    record = distillkit(
+        {"compressed_logprobs": [[*halves, 125]]}, exact_k=1, exact_dtype="float16", residual_bins=bins
+    )
+    torch.testing.assert_close(record.logits[0], torch.tensor([-1.0, -1.5]))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -179,6 +208,40 @@ def test_distillkit_polynomial_and_bins():
             "3 tokens at position 0, and k is 2",
         ),
         (lambda: from_sglang([None, "ab"], 2), r"input_top_logprobs\[1\] is not a list"),
+        (lambda: from_vllm(None, 2), "prompt_logprobs is NoneType, not a list"),
+        (
+            lambda: from_vllm([None, {1: {"logprob": -1.0, "rank": "1"}}], 2),
+            r"prompt_logprobs\[1\] is not a mapping",
+        ),
+        (
+            lambda: from_vllm([None, {1: {"logprob": math.nan, "rank": 1}}], 2),
+            "at position 0 that are none",
+        ),
+        (
+            lambda: from_vllm([None, {i: {"logprob": -1.0, "rank": 1} for i in ("1", "01")}], 2),
+            "prompt_logprobs has a token twice at position 0",
+        ),
+        (lambda: from_vllm([None], 0), "k must be an integer >= 1, got 0"),
+        (lambda: from_vllm([None], 2, temperature=-1.0), "temperature must be a number > 0, got -1.0"),
+        (lambda: axolotl(target_token_ids=None), "target_token_ids is NoneType, not a list"),
+        (lambda: axolotl(target_token_ids=[None]), r"target_token_ids\[0\] or what belongs to it"),
+        (lambda: axolotl(target_token_ids=[["x", 1]]), r"target_token_ids\[0\] or what belongs to it"),
+        (lambda: axolotl(target_mask=[[1]]), r"target_mask\[0\] does not have the length"),
+        (lambda: axolotl(target_mask=[]), "do not have as many rows"),
+        (lambda: distillkit(d=0), "not DistillKit's: ValueError d = 0"),
+        (lambda: distillkit(exact_k=None), "config is not DistillKit's: TypeError"),
+        (lambda: distillkit(exact_dtype="int8"), "dtype 'int8' is none of float16"),
+        (lambda: distillkit(exact_k=1, polynomial_terms=["sine"]), "polynomial_terms has 'sine'"),
+        (lambda: distillkit(residual_bins=[{}]), "config is not DistillKit's: KeyError 'element_bits'"),
+        (lambda: distillkit({"bytepacked_indices": [[256]]}), "bytes are integers from 0 to 255"),
+        (lambda: distillkit({"bytepacked_indices": [[1, 2]]}), "bytepacked_indices has 2 bytes a row"),
+        (lambda: distillkit({"compressed_logprobs": []}), "compressed_logprobs has 0 rows for 2 input_ids"),
+        (lambda: distillkit({"compressed_logprobs": [[0] * 9]}), "has 9 bytes a row, its config makes 8"),
+        (
+            lambda: distillkit({"compressed_logprobs": [[0, 0, 192, 127] * 2]}),
+            "compressed_logprobs holds numbers that are no log-probabilities",
+        ),
+        (lambda: distillkit(d=9, k=2), "bytepacked_indices holds 15, outside the vocabulary of 9"),
         (lambda: from_axolotl({"target_mask": []}, 2), "target_token_ids is not there; it has target_mask"),
         (lambda: from_distillkit({"packed_indices": []}, {"d": 5, "k": 2}), "not DistillKit's: KeyError"),
     ],

@@ -18,6 +18,7 @@ from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.record import TeacherRecord
 
 _BITS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+_ROUNDED_UP = 1e-3  # a log-probability may be above 0 by rounding
 Pair = tuple[int, float]  # token id, log-probability
 
 
@@ -39,17 +40,19 @@ def from_vllm(
         CacheError: an entry that is no such thing.
     """
     rows: list[list[Pair]] = []
-    for place, entry in enumerate(prompt_logprobs):
+    for place, entry in enumerate(_rows_of("prompt_logprobs", prompt_logprobs)):
         if entry is None:
             rows.append([])
             continue
         try:
-            ranked = [(_get(v, "rank"), int(token), float(_get(v, "logprob"))) for token, v in entry.items()]
+            found = [(_get(v, "rank"), int(token), float(_get(v, "logprob"))) for token, v in entry.items()]
+            rows.append(
+                [(token, logprob) for rank, token, logprob in found if rank is not None and rank <= k]
+            )
         except (AttributeError, KeyError, TypeError, ValueError):
             raise CacheError(
                 f"prompt_logprobs[{place}] is not a mapping of token ids to logprob and rank"
             ) from None
-        rows.append([(token, logprob) for rank, token, logprob in ranked if rank is not None and rank <= k])
     return _shifted("prompt_logprobs", rows, k, temperature)
 
 
@@ -69,7 +72,7 @@ def from_sglang(
         CacheError: an entry that is no such thing.
     """
     rows: list[list[Pair]] = []
-    for place, entry in enumerate(input_top_logprobs):
+    for place, entry in enumerate(_rows_of("input_top_logprobs", input_top_logprobs)):
         try:
             rows.append([(int(item[1]), float(item[0])) for item in entry or ()])
         except (TypeError, ValueError, IndexError, KeyError):
@@ -98,12 +101,18 @@ def from_axolotl(row: Mapping[str, Any], k: int, temperature: float = 1.0) -> Te
     if missing:
         raise CacheError(f"row: {missing[0]} is not there; it has {', '.join(map(str, row))}")
     rows: list[list[Pair]] = []
-    for place, (ids, logprobs, mask) in enumerate(zip(*(row[name] for name in names))):
-        if not len(ids) == len(logprobs) == len(mask):
-            raise CacheError(f"target_mask[{place}] does not have the length of ids and log-probabilities")
-        rows.append([(int(i), float(p)) for i, p, used in zip(ids, logprobs, mask) if used])
-    if len({len(row[name]) for name in names}) != 1:
+    if len({len(_rows_of(name, row[name])) for name in names}) != 1:
         raise CacheError("target_token_ids, target_logprobs and target_mask do not have as many rows")
+    for place, (ids, logprobs, mask) in enumerate(zip(*(row[name] for name in names))):
+        try:
+            fits = len(ids) == len(logprobs) == len(mask)
+            rows.append([(int(i), float(p)) for i, p, used in zip(ids, logprobs, mask) if used])
+        except (TypeError, ValueError):
+            raise CacheError(
+                f"target_token_ids[{place}] or what belongs to it is not a list of numbers"
+            ) from None
+        if not fits:
+            raise CacheError(f"target_mask[{place}] does not have the length of ids and log-probabilities")
     return _record("target_token_ids", rows, k, temperature)
 
 
@@ -133,12 +142,21 @@ def from_distillkit(
         d, k = int(config["d"]), int(config["k"])
         packed, values = _bytes(row["bytepacked_indices"]), _bytes(row["compressed_logprobs"])
         length = len(row["input_ids"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if d < 1 or k < 1:
+            raise ValueError(f"d = {d}, k = {k}")
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CacheError(f"row or config is not DistillKit's: {type(error).__name__} {error}") from None
     if len(packed) != len(values) or not length - 1 <= len(values) <= length:
         raise CacheError(f"compressed_logprobs has {len(values)} rows for {length} input_ids")
     ids = _unpack("bytepacked_indices", packed, max(1, math.ceil(math.log2(d))), k)
-    logprobs = _decompressed(values, config, k)
+    try:
+        logprobs = _decompressed(values, config, k)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"config is not DistillKit's: {type(error).__name__} {error}") from None
+    if not bool((logprobs < _ROUNDED_UP).all()):
+        raise CacheError("compressed_logprobs holds numbers that are no log-probabilities")
     if ids.numel() and int(ids.max()) >= d:
         raise CacheError(f"bytepacked_indices holds {int(ids.max())}, outside the vocabulary of {d}")
     pad = (0, 0, 0, length - len(ids))
@@ -155,6 +173,16 @@ def _get(value: Any, name: str) -> Any:
     return value[name] if isinstance(value, Mapping) else getattr(value, name)
 
 
+def _rows_of(name: str, value: Any) -> Sequence:
+    try:
+        len(value)
+    except TypeError:
+        raise CacheError(
+            f"{name} is {type(value).__name__}, not a list with an entry for each token"
+        ) from None
+    return value
+
+
 def _shifted(name: str, rows: list[list[Pair]], k: int, temperature: float) -> TeacherRecord:
     if rows and rows[0]:
         raise CacheError(f"{name}[0] is of the first token, which nothing comes before: it has to be None")
@@ -163,14 +191,18 @@ def _shifted(name: str, rows: list[list[Pair]], k: int, temperature: float) -> T
 
 def _record(name: str, rows: Iterable[list[Pair]], k: int, temperature: float) -> TeacherRecord:
     rows = list(rows)
+    if not isinstance(k, int) or k < 1:
+        raise CacheError(f"k must be an integer >= 1, got {k!r}")
     ids = torch.full((len(rows), k), -1, dtype=torch.int32)
     logprobs = torch.full((len(rows), k), -math.inf)
     for place, row in enumerate(rows):
         if len(row) > k:
             raise CacheError(f"{name} has {len(row)} tokens at position {place}, and k is {k}")
         row = sorted(row, key=lambda pair: (-pair[1], pair[0]))
-        if not all(0 <= token < 1 << 31 and logprob < 1e-3 for token, logprob in row):
+        if not all(0 <= token < 1 << 31 and logprob < _ROUNDED_UP for token, logprob in row):
             raise CacheError(f"{name} has ids or log-probabilities at position {place} that are none")
+        if len({token for token, _ in row}) != len(row):
+            raise CacheError(f"{name} has a token twice at position {place}")
         if row:
             ids[place, : len(row)] = torch.tensor([pair[0] for pair in row], dtype=torch.int32)
             logprobs[place, : len(row)] = torch.tensor([pair[1] for pair in row])
@@ -179,6 +211,8 @@ def _record(name: str, rows: Iterable[list[Pair]], k: int, temperature: float) -
 
 def _finished(ids: Tensor, logprobs: Tensor, temperature: float) -> TeacherRecord:
     """The record whose ``logits / temperature - 0`` are the log-probabilities."""
+    if not 0 < temperature < math.inf:
+        raise CacheError(f"temperature must be a number > 0, got {temperature!r}")
     inside = torch.where(ids < 0, -math.inf, logprobs).double().exp().sum(-1)
     tail = torch.log1p(-inside.clamp(max=1.0)).float()
     lse = torch.zeros(len(ids))
@@ -189,7 +223,10 @@ def _finished(ids: Tensor, logprobs: Tensor, temperature: float) -> TeacherRecor
 
 
 def _bytes(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.uint8) if len(rows) else torch.empty(0, 0, dtype=torch.uint8)
+    found = torch.as_tensor(rows) if len(rows) else torch.empty(0, 0, dtype=torch.uint8)
+    if found.dim() != 2 or found.is_floating_point() or bool(((found < 0) | (found > 255)).any()):
+        raise ValueError("bytes are integers from 0 to 255, as many in each row")
+    return found.to(torch.uint8)
 
 
 def _unpack(name: str, packed: Tensor, bits: int, count: int) -> Tensor:
@@ -213,7 +250,8 @@ class _Bytes:
         self.at += size
         if self.at > self.rows.shape[1]:
             raise CacheError(f"compressed_logprobs has {self.rows.shape[1]} bytes, too few for its config")
-        return self.rows[:, self.at - size : self.at].contiguous()
+        # Not contiguous(), which leaves a single row in its place, where other types may not be read.
+        return self.rows[:, self.at - size : self.at].clone(memory_format=torch.contiguous_format)
 
     def floats(self, dtype: str, count: int) -> Tensor:
         if dtype not in _BITS:
