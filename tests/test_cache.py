@@ -1,5 +1,6 @@
 """Teachers on disk: what is written is read back, and nothing else is."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -105,13 +106,15 @@ def test_batches(tmp_path):
 def test_datasets_opens_a_shard(tmp_path):
     datasets = pytest.importorskip("datasets")
     written = records(4)
-    cache = write(tmp_path, written)
+    cache = write(tmp_path, written, shard_bytes=500)
     opened = datasets.Dataset.from_file(str(tmp_path / cache.shards[0].name))
     row, record = opened[0], written[opened[0]["sequence_id"]]
     assert row["length"] == len(record.lse)
     assert torch.equal(torch.tensor(row["ids"]), record.ids.long())
     assert torch.equal(torch.tensor(row["logits"]), record.logits)
     assert [pair["id"] for pair in row["samples"][0]] == [i for i in record.sample_ids[0].tolist() if i >= 0]
+    shards = [datasets.Dataset.from_file(str(tmp_path / shard.name)) for shard in cache.shards]
+    assert datasets.concatenate_datasets(shards)["sequence_id"][:] == list(cache) and len(shards) > 1
 
 
 def test_no_pickle_and_no_pyarrow_before_it_is_used(tmp_path):
@@ -366,6 +369,20 @@ def _flip(path):
 
 
 # --- at a terminal ------------------------------------------------------------------------------------
+
+
+def test_progress(tmp_path, capsys, monkeypatch):
+    """Of a long write and a long check; a short one says nothing."""
+    from kd_kernels.cli import main
+
+    write(tmp_path / "quick", records(3), total=3)
+    assert capsys.readouterr().err == ""
+    clock = itertools.count(step=11.0)
+    monkeypatch.setattr("kd_kernels.progress.time.monotonic", lambda: next(clock))
+    write(tmp_path / "slow", records(3), total=3, shard_bytes=200)
+    assert "slow, sequences: 2 of 3, 22 s (1 shards)\n" in capsys.readouterr().err
+    assert main(["cache", "verify", str(tmp_path / "slow")]) == 0
+    assert "verify, shards: 3 of 3, 33 s (shard-00000-000002.arrow)\n" in capsys.readouterr().err
 
 
 def test_command(tmp_path, capsys):

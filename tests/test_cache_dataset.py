@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from caches import FIELDS, VOCAB, K, records, write
+from caches import FIELDS, VOCAB, K, create, records, teacher, write
 from torch.utils.data import DataLoader
 
 import kd_kernels as kd
@@ -158,6 +158,8 @@ def _share_of_an_epoch(rank, dataset, store, results):
         found += [
             (int(n), round(float(x.sum()), 3)) for n, x in zip(mask.sum(1), batch["teacher"].lse * mask)
         ]
+    with create(store.parent / "by rank") as writer:
+        writer.append(rank, teacher(3, rank))
     results.put((rank, found))
     torch.distributed.barrier()
     results.close()
@@ -166,7 +168,7 @@ def _share_of_an_epoch(rank, dataset, store, results):
 
 
 def test_two_processes_and_their_workers(joined, tmp_path):
-    """Sequences of different lengths: as many batches for both, no sequence for both."""
+    """Sequences of different lengths: as many batches for both and none for both. Each writes as its rank."""
     dataset, written = joined
     fork = torch.multiprocessing.get_context("fork")
     results = fork.Queue()
@@ -178,6 +180,8 @@ def test_two_processes_and_their_workers(joined, tmp_path):
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
+    shards = kd.TeacherCache.open(tmp_path / "by rank").shards
+    assert [(s.name, s.ids) for s in shards] == [(f"shard-0000{r}-000000.arrow", (str(r),)) for r in (0, 1)]
     assert len(shares[0]) == len(shares[1]) == COUNT // 2
     seen = shares[0] + shares[1]
     exact = {(len(r.lse), round(float(r.lse.sum()), 3)) for r in written.values()}
