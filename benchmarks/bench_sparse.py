@@ -17,6 +17,7 @@ from bench_head import spread_row
 from harness import Timed, run_rounds
 from providers import Unavailable, backend, by_name, forget_compiled, need
 from record import Row, Writer, rounded
+from report import OURS
 from torch import Tensor
 from workloads import DTYPES, SPARSE, SparseSize
 
@@ -99,10 +100,12 @@ def step_case(
     def gradients(loss: Tensor) -> tuple[Tensor, ...]:
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
-    def ours() -> tuple[Tensor, ...]:
+    def ours(logits_dtype: Optional[torch.dtype] = None) -> tuple[Tensor, ...]:
         kd = need("kd_kernels")
         target = kd.SparseTarget(ids, logprobs)
-        return gradients(kd.distill(kd.Head(hidden, weight), target, kd.ForwardKL()))
+        return gradients(
+            kd.distill(kd.Head(hidden, weight), target, kd.ForwardKL(), logits_dtype=logits_dtype)
+        )
 
     def loss_of(z: Tensor) -> Tensor:
         """Forward KL with the tail as one outcome, as trainers write it."""
@@ -133,7 +136,10 @@ def step_case(
         torch.mm(logits, weight, out=d_hidden)
         torch.mm(logits.t(), hidden, out=d_weight)
 
-    return floor, {"kd": ours, "torch": plain, "torch.compile": compiled}, exact
+    steps = {"kd": ours, "torch": plain, "torch.compile": compiled}
+    if dtype == torch.bfloat16:  # as plain torch has them; ours are float32 unless asked
+        steps["kd bf16 logits"] = functools.partial(ours, dtype)
+    return floor, steps, exact
 
 
 CASES = {"topk": write_case, "sparse step": step_case}
@@ -171,7 +177,7 @@ def run_case(
             found.update(status=reason.status, reason=reason.reason)
         except Exception as reason:  # a peer may fail in any way; its row says how
             found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
-        if provider == "kd":
+        if provider in OURS:
             found["backend"] = backend(by_name("kd"), device)
         outcome[provider] = found
     del truth

@@ -199,7 +199,7 @@ def sparse_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             what, mine = row["case"]["what"], median(row)
             width = f", D = {row['case']['width']}" if row["case"]["width"] else ""
             note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
-            if row["provider"] == "kd" and mine is not None and sparse_size(row) == SPARSE[what]:
+            if row["provider"] in OURS and mine is not None and sparse_size(row) == SPARSE[what]:
                 judged = []
                 limit, over = SPARSE_OVER_FLOOR.get(what), median(row, "ratio_floor")
                 if limit is not None and over is not None:

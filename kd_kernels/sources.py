@@ -125,9 +125,10 @@ class Head(_Shown):
         copy of the weight; ``modules_to_save`` is taken where it is active.
 
         FSDP2's sharded tensors are gathered here, once, so every rank must call this. Their gradients are
-        averaged over the ranks as FSDP2 does. A backward that recomputes the logits (``reduction="none"``)
-        does not keep them but gathers again, so every rank must call that too, before the optimizer's step;
-        between the two only a head that you hold keeps the weight whole.
+        averaged over the ranks as FSDP2 does. A backward that recomputes the logits (``reduction="none"``,
+        :func:`~kd_kernels.linear_logprobs`) does not keep them but gathers again, so every rank must call
+        that too, before the optimizer's step; between the two only a head that you hold keeps the weight
+        whole.
 
         Args:
             model: has ``get_output_embeddings()`` and ``config``; the whole model as it is trained.

@@ -154,7 +154,7 @@ def test_ranks_of_banned_tokens_and_broken_rows(backend):
 
 
 def test_draws_follow_the_softmax(backend):
-    """Chi-squared of all draws, at a temperature: 5 sigma of 39 degrees of freedom."""
+    """Chi-squared of all draws, at a temperature: 39 degrees of freedom, within 5 sigma above and 3 below."""
     z = torch.randn(40)
     rows, draws = (4, 200) if backend == "triton" else (200, 200)
     found = kd.linear_topk(z.expand(rows, -1), 0, temperature=1.7, samples=draws, seed=5, backend=backend)
@@ -165,7 +165,7 @@ def test_draws_follow_the_softmax(backend):
     total.scatter_add_(0, ids.clamp(min=0).long().view(-1), counts.double().view(-1))
     expected = (z.double() / 1.7).softmax(-1) * rows * draws
     chi = ((total - expected) ** 2 / expected).sum().item()
-    assert 39 - 5 * 78**0.5 < chi < 39 + 5 * 78**0.5, chi
+    assert 39 - 3 * 78**0.5 < chi < 39 + 5 * 78**0.5, chi
     # tokens are independent of each other: the rows' own counts scatter as they should
     if rows > 100:
         own = torch.zeros(rows, 40, dtype=torch.float64)
@@ -364,7 +364,7 @@ def test_opcheck_and_compile():
         (lambda z: kd.linear_topk(z, 2, backend="gpu"), "backend must be one of"),
         (lambda z: kd.linear_topk([1.0], 2), "must be kd.Head"),
         (lambda z: kd.linear_topk(z, 2).sampled(), "there are no draws"),
-        (lambda z: kd.linear_rank(z, torch.full((3, 2), -7)), "or ignore_index, got -7"),
+        (lambda z: kd.linear_rank(z, torch.full((3, 2), -7)), "or ignore_index .*got -7"),
         (lambda z: kd.linear_rank(z, torch.zeros(2, 3).long()), "leading shape"),
         (lambda z: kd.linear_rank(z, torch.zeros(3).long(), 91), "k must be in"),
     ],

@@ -19,6 +19,7 @@ from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, RowKernel, pick
 from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, side_of
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
+from kd_kernels.drivers.tokens import spread
 from kd_kernels.drivers.workspace import borrow, footprint
 
 CPU_WORKSPACE = 256 << 20
@@ -81,12 +82,7 @@ class Problem:
 
     def spread(self, values: Tensor) -> Tensor:
         """``[n, k]`` of the walked tokens to ``[N, k]`` of all, zeros at those that do not count."""
-        if self.kept is not None:
-            return torch.where(self.kept[:, None], values, 0.0)
-        if self.rows is None:
-            return values
-        full = values.new_zeros(self.tokens, values.shape[1])
-        return full.index_copy_(0, self.rows, values)
+        return spread(values, self.rows, self.kept, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -223,8 +219,13 @@ def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_
             top = torch.maximum(top, (soft.abs() / temperature).amax() * abs(model.scale))
     if any(m.is_head and (problem.compute_dtype or m.values.dtype) == torch.float16 for m in models):
         top = top / FLOAT16_HEADROOM
+    return power_of_two(top)
+
+
+def power_of_two(top: Tensor) -> Tensor:
+    """The one below ``top``; 1 where there is none."""
     power = torch.exp2(torch.floor(torch.log2(top)))
-    return torch.where(torch.isfinite(power) & (power > 0), power, one)
+    return torch.where(torch.isfinite(power) & (power > 0), power, 1.0)
 
 
 def cut(

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, pick
-from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, cut
+from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, cut, power_of_two
 from kd_kernels.drivers.gathered import Gathered, new_job
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.sides import Model, side_of
+from kd_kernels.drivers.tokens import spread
 from kd_kernels.drivers.workspace import borrow
 
 
@@ -75,7 +76,7 @@ def walk_logprobs(
             if problem.kept is not None:
                 g_entropy = torch.where(problem.kept, g_entropy, 0.0)
         if model.is_head and n > 0:
-            factor = _power_of_two(g, g_entropy, temperature, problem)
+            factor = _common_factor(g, g_entropy, temperature, problem)
 
     chunk, size = cut([side], n, vocab, device, problem.workspace_bytes, vocabulary_major)
     logprobs = torch.zeros(selection.ids.shape, dtype=torch.float64, device=device)
@@ -101,8 +102,8 @@ def walk_logprobs(
     bad = ((ids < -1) | (ids >= vocab)).any(1)  # never read
     logprobs = torch.where((ids < -1) | (ids >= vocab), torch.nan, logprobs)
     return (
-        _spread(problem, logprobs, tokens),
-        _spread(problem, torch.where(bad, torch.nan, entropies)[:, None], tokens)[:, 0],
+        spread(logprobs, problem.rows, problem.kept, tokens),
+        spread(torch.where(bad, torch.nan, entropies)[:, None], problem.rows, problem.kept, tokens)[:, 0],
         side.gradients(),
         factor,
     )
@@ -126,7 +127,7 @@ def _set_gradient(job: R.GatherJob, found: Gathered, g: Tensor, g_entropy: Optio
     job.at_ids = torch.where(dead[:, None] | (job.ids < 0), 0.0, at_ids / found.temperature)
 
 
-def _power_of_two(
+def _common_factor(
     g: Tensor, g_entropy: Optional[Tensor], temperature: Tensor, problem: LogprobProblem
 ) -> Tensor:
     """As the walk of the divergences: logit gradients near 1 while they are in the compute dtype."""
@@ -136,14 +137,4 @@ def _power_of_two(
     top = top * abs(problem.model.scale)
     if (problem.compute_dtype or problem.model.values.dtype) == torch.float16:
         top = top / FLOAT16_HEADROOM
-    power = torch.exp2(torch.floor(torch.log2(top)))
-    return torch.where(torch.isfinite(power) & (power > 0), power, 1.0)
-
-
-def _spread(problem: LogprobProblem, values: Tensor, tokens: int) -> Tensor:
-    """``[n, k]`` of the walked tokens to ``[N, k]`` of all, zeros at the others."""
-    if problem.kept is not None:
-        return torch.where(problem.kept[:, None], values, 0.0)
-    if problem.rows is None:
-        return values
-    return values.new_zeros(tokens, values.shape[1]).index_copy_(0, problem.rows, values)
+    return power_of_two(top)

@@ -15,6 +15,7 @@ from kd_kernels import rows as R
 from kd_kernels.backends import RowKernel, pick
 from kd_kernels.drivers.chunked_head import cut
 from kd_kernels.drivers.sides import Model, side_of
+from kd_kernels.drivers.tokens import spread
 from kd_kernels.drivers.workspace import borrow
 
 NLL, ENTROPY, CONFIDENCE = range(3)
@@ -52,13 +53,6 @@ class Scoring:
     @property
     def device(self) -> torch.device:
         return self.models[0].values.device
-
-    def spread(self, values: Tensor) -> Tensor:
-        """``[..., n]`` of the walked tokens to ``[..., N]`` of all, zeros at those that do not count."""
-        if self.rows is None:
-            return values
-        full = values.new_zeros(*values.shape[:-1], self.tokens)
-        return full.index_copy_(-1, self.rows, values)
 
 
 @dataclass
@@ -98,7 +92,10 @@ def walk(call: Scoring) -> Measured:
             for i, teacher in enumerate(rows[1:]):
                 assert compare is not None
                 _compare(compare, rows[0], teacher, call.vocab, divergences[i, :, part])
-    return Measured(*(call.spread(x) for x in (measures, top1, divergences)))
+    # Tokens first, as spread wants them, and last again.
+    found = (x.movedim(-1, 0) for x in (measures, top1, divergences))
+    spreads = (spread(x, call.rows, None, call.tokens) for x in found)
+    return Measured(*(x.movedim(0, -1).contiguous() for x in spreads))
 
 
 def _measure(

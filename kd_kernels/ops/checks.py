@@ -1,14 +1,30 @@
-"""When values are looked at: on CPU always; elsewhere each look waits for the device."""
+"""Value checks that the ops share, and when: on CPU always; elsewhere each look waits for the device."""
+
+from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
-
-def improper_temperatures(values: torch.Tensor) -> torch.Tensor:
-    """Those that are not > 0, or so far from 1 that float32 cannot divide by them."""
-    return values[~((values >= 1e-30) & (values <= 1e30))]
+IGNORED = " or ignore_index (-100 unless given)"
 
 
 def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("KD_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def check_temperatures(name: str, values: Tensor) -> None:
+    """All > 0, and not so far from 1 that float32 cannot divide by them."""
+    wrong = values[~((values >= 1e-30) & (values <= 1e30))]
+    if wrong.numel():
+        raise ValueError(f"{name} must be finite and > 0, got {wrong.reshape(-1)[0].item()}")
+
+
+def check_range(name: str, values: Tensor, vocab: int, lowest: int = 0, otherwise: str = "") -> None:
+    """All in ``[lowest, vocab)``; ``otherwise`` says what stands for nothing."""
+    wrong = values[(values < lowest) | (values >= vocab)]
+    if wrong.numel():
+        raise ValueError(
+            f"{name} must be in [0, {vocab}){otherwise}, got {wrong[0].item()} ({wrong.numel()} such)"
+        )

@@ -1,30 +1,28 @@
 """Log-probabilities of given ids and entropies, as torch ops: forward, and a backward that recomputes."""
 
-# Schemas are read from the annotations: no postponed ones, and typing's own generics, for torch 2.6.
-from typing import List, Optional, Tuple
-
 import torch
 from torch import Tensor
 
 from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
-from kd_kernels.drivers.sides import Model
-from kd_kernels.ops.checks import checks_values, improper_temperatures
+from kd_kernels.drivers.sides import Model, result_dtype
+from kd_kernels.drivers.tokens import counted
+from kd_kernels.ops.checks import check_range, check_temperatures, checks_values
 from kd_kernels.ops.row_divergence import scaled
+from kd_kernels.ops.schema import names
 
-_ARGUMENTS = (
-    "values", "weight", "bias", "ids", "temperature", "scalars", "entropy", "compute_dtype", "logits_dtype",
-    "backend", "workspace_bytes", "compact", "needs",
-)  # fmt: skip
+# What both ops take, in the order in which autograd sees it.
+_CALL = """
+    Tensor values, Tensor? weight, Tensor? bias, Tensor ids, Tensor temperature, Tensor scalars, bool entropy,
+    ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes, bool compact,
+    bool[] needs"""
+_ARGUMENTS = names(_CALL)
 _DIFFERENTIABLE = 3  # the first three
 
 
 def _unpack(call: dict, gradients: bool) -> LogprobProblem:
     scale, softcap = call["scalars"].tolist()
     ids = call["ids"]
-    rows, kept = None, (ids != -1).any(1)
-    if call["compact"]:
-        rows = kept.nonzero().squeeze(1)
-        rows, kept = (None if rows.numel() == kept.numel() else rows), None
+    rows, kept = counted((ids != -1).any(1), call["compact"])
     return LogprobProblem(
         Model(
             call["values"],
@@ -49,41 +47,19 @@ def _unpack(call: dict, gradients: bool) -> LogprobProblem:
 def _check_values(problem: LogprobProblem) -> None:
     if not checks_values(problem.ids.device) or problem.ids.numel() == 0:
         return
-    ids, vocab = problem.ids, problem.model.vocab_size
-    wrong = ids[(ids < -1) | (ids >= vocab)]
-    if wrong.numel():
-        raise ValueError(
-            f"ids must be in [0, {vocab}), -1 or ignore_index where unused, got {wrong[0].item()}"
-        )
-    counted = problem.rows if problem.kept is None else problem.kept
+    unused = ", or -1 or ignore_index (-100 unless given)"
+    check_range("ids", problem.ids, problem.model.vocab_size, -1, otherwise=unused)
+    index = problem.rows if problem.kept is None else problem.kept
     temperature = problem.model.temperature
-    if counted is not None and temperature.dim():
-        temperature = temperature[counted]
-    wrong = improper_temperatures(temperature)
-    if wrong.numel():
-        raise ValueError(f"temperature must be finite and > 0, got {wrong.reshape(-1)[0].item()}")
+    check_temperatures(
+        "temperature", temperature if index is None or not temperature.dim() else temperature[index]
+    )
 
 
-def _dtype(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
-
-
-@torch.library.custom_op("kd_kernels::linear_logprobs", mutates_args=())
-def linear_logprobs(
-    values: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    ids: Tensor,
-    temperature: Tensor,
-    scalars: Tensor,
-    entropy: bool,
-    compute_dtype: Optional[torch.dtype],
-    logits_dtype: Optional[torch.dtype],
-    backend: Optional[str],
-    workspace_bytes: Optional[int],
-    compact: bool,
-    needs: List[bool],
-) -> Tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "kd_kernels::linear_logprobs", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
+)
+def linear_logprobs(*arguments):
     """Log-probabilities ``[N, K]`` of ids ``[N, K]`` (-1: unused, 0), entropies ``[N]`` (or 0).
 
     Args:
@@ -93,44 +69,32 @@ def linear_logprobs(
         scalars: ``[2]`` float64 on CPU: scale, softcap (0: none).
         needs: gradients wanted of the first three arguments.
     """
-    arguments = locals()
-    problem = _unpack({name: arguments[name] for name in _ARGUMENTS}, gradients=False)
+    problem = _unpack(dict(zip(_ARGUMENTS, arguments)), gradients=False)
     _check_values(problem)
     logprobs, entropies, _, _ = walk_logprobs(problem)
-    return logprobs.to(_dtype(values)), entropies.to(_dtype(values))
+    dtype = result_dtype(problem.model.values)
+    return logprobs.to(dtype), entropies.to(dtype)
 
 
 @linear_logprobs.register_fake
 def _(values, weight, bias, ids, *rest):
-    dtype = _dtype(values)
+    dtype = result_dtype(values)
     return values.new_empty(ids.shape, dtype=dtype), values.new_empty(ids.shape[:1], dtype=dtype)
 
 
-@torch.library.custom_op("kd_kernels::linear_logprobs_backward", mutates_args=())
-def linear_logprobs_backward(
-    upstream: Tensor,
-    upstream_entropy: Optional[Tensor],
-    values: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    ids: Tensor,
-    temperature: Tensor,
-    scalars: Tensor,
-    entropy: bool,
-    compute_dtype: Optional[torch.dtype],
-    logits_dtype: Optional[torch.dtype],
-    backend: Optional[str],
-    workspace_bytes: Optional[int],
-    compact: bool,
-    needs: List[bool],
-) -> List[Tensor]:
+@torch.library.custom_op(
+    "kd_kernels::linear_logprobs_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor? upstream_entropy, {_CALL}) -> Tensor[]",
+)
+def linear_logprobs_backward(upstream, upstream_entropy, *arguments):
     """Gradients of the wanted inputs, in order, the others left out."""
-    arguments = locals()
-    problem = _unpack({name: arguments[name] for name in _ARGUMENTS}, gradients=True)
+    problem = _unpack(dict(zip(_ARGUMENTS, arguments)), gradients=True)
     wide = None if upstream_entropy is None else upstream_entropy.to(torch.float64)
     _, _, gradients, factor = walk_logprobs(problem, upstream.to(torch.float64), wide)
-    inputs = (values, weight, bias)
-    return [scaled(g, factor, x.dtype) for g, x in zip(gradients, inputs) if g is not None and x is not None]
+    return [
+        scaled(g, factor, x.dtype) for g, x in zip(gradients, arguments) if g is not None and x is not None
+    ]
 
 
 @linear_logprobs_backward.register_fake

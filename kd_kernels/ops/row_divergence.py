@@ -10,28 +10,31 @@ Scalars that a schedule may change are 0-d tensors: a Python float argument woul
 compiled graph, and every new value a recompilation.
 """
 
-# Schemas are read from the annotations: no postponed ones, and typing's own generics, for torch 2.6.
-from typing import List, Optional, Tuple
+# The schema of scale_gradient is read from its annotations: no postponed ones.
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.drivers.chunked_head import Problem, walk
-from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype
+from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype, result_dtype
 from kd_kernels.drivers.sparse import Target
+from kd_kernels.drivers.tokens import counted
 from kd_kernels.objectives import CATALOGUE
-from kd_kernels.ops.checks import checks_values, improper_temperatures
+from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, checks_values
+from kd_kernels.ops.schema import names
 from kd_kernels.ops.sparse_checks import check_target, refuse_undefined
 
-# The order in which both ops take the call and in which autograd sees it.
-_ARGUMENTS = (
-    "student", "student_weight", "student_bias", "teacher", "teacher_weight", "teacher_bias",
-    "target_ids", "target_log_tail", "missing", "valid", "labels", "student_temperature",
-    "teacher_temperature", "token_weight", "parameter0", "parameter1", "scalars", "objective",
-    "temperature_squared", "compute_dtype", "logits_dtype", "backend", "workspace_bytes", "compact",
-    "needs", "parts", "per_token", "deferred",
-)  # fmt: skip
+# What both ops take, in the order in which autograd sees it.
+_CALL = """
+    Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight,
+    Tensor? teacher_bias, Tensor? target_ids, Tensor? target_log_tail, str missing, Tensor? valid,
+    Tensor? labels, Tensor student_temperature, Tensor teacher_temperature, Tensor? token_weight,
+    Tensor parameter0, Tensor parameter1, Tensor scalars, str objective, bool temperature_squared,
+    ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes, bool compact,
+    bool[] needs, bool parts, bool per_token, bool deferred"""
+_ARGUMENTS = names(_CALL)
 _DIFFERENTIABLE = 6  # the first six
 _SOFT, _HARD = 4, 5  # in ``scalars``
 _SLAB = 4 << 20  # elements: few enough pieces, each wakes the threads twice
@@ -42,17 +45,14 @@ def _check_values(problem: Problem, call: dict) -> None:
     if problem.tokens == 0 or not checks_values(problem.student.values.device):
         return
 
-    def counted(value: Tensor) -> Tensor:  # [N, K], [N] or 0-d -> the tokens that count
+    def of_counted(value: Tensor) -> Tensor:  # [N, K], [N] or 0-d -> the tokens that count
         value = value if value.dim() > 1 else value.reshape(-1).expand(problem.tokens)
         index = problem.rows if problem.kept is None else problem.kept
         return value if index is None else value[index.to(value.device)]
 
     for name in ("temperature", "teacher_temperature"):
         model = problem.student if name == "temperature" else problem.teacher
-        values = counted(model.temperature)
-        wrong = improper_temperatures(values)
-        if wrong.numel():
-            raise ValueError(f"{name} must be finite and > 0, got {wrong[0].item()}")
+        check_temperatures(name, of_counted(model.temperature))
     scalars = call["scalars"]
     for name, value in (
         ("token_weight", call["token_weight"]),
@@ -61,20 +61,14 @@ def _check_values(problem: Problem, call: dict) -> None:
         ("objective's first parameter", problem.parameter0),
         ("objective's second parameter", problem.parameter1),
     ):
-        if value is not None and not bool(torch.isfinite(counted(value)).all()):
+        if value is not None and not bool(torch.isfinite(of_counted(value)).all()):
             raise ValueError(f"{name} holds NaN or infinity")
     CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
     if problem.target is not None:
-        check_target(problem.target, counted, problem.vocab)
+        check_target(problem.target, of_counted, problem.vocab)
     if problem.labels is not None:
-        labels = counted(problem.labels)
         size = problem.student.vocab_size if problem.hard_weight is None else problem.vocab
-        wrong = labels[(labels < 0) | (labels >= size)]
-        if wrong.numel():
-            raise ValueError(
-                f"labels must be in [0, {size}) or ignore_index (-100 unless given), got {wrong[0].item()} "
-                f"({wrong.numel()} such labels)"
-            )
+        check_range("labels", of_counted(problem.labels), size, otherwise=IGNORED)
 
 
 def _resolve(objective: str, parameter0: Tensor) -> str:
@@ -101,10 +95,7 @@ def _unpack(call: dict) -> Problem:
         )
         for i, side in enumerate(("student", "teacher"))
     ]
-    rows, kept = None, call["valid"]
-    if kept is not None and call["compact"]:
-        rows = kept.nonzero().squeeze(1)
-        rows, kept = (None if rows.numel() == kept.numel() else rows), None
+    rows, kept = counted(call["valid"], call["compact"])
     labels = call["labels"]
     weight = call["token_weight"]
     soft = scalars[_SOFT] * (torch.ones((), dtype=torch.float64) if weight is None else weight)
@@ -150,41 +141,10 @@ def _without_gradients(problem: Problem) -> Problem:
     return problem
 
 
-def _result_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
-@torch.library.custom_op("kd_kernels::row_divergence", mutates_args=())
-def row_divergence(
-    student: Tensor,
-    student_weight: Optional[Tensor],
-    student_bias: Optional[Tensor],
-    teacher: Tensor,
-    teacher_weight: Optional[Tensor],
-    teacher_bias: Optional[Tensor],
-    target_ids: Optional[Tensor],
-    target_log_tail: Optional[Tensor],
-    missing: str,
-    valid: Optional[Tensor],
-    labels: Optional[Tensor],
-    student_temperature: Tensor,
-    teacher_temperature: Tensor,
-    token_weight: Optional[Tensor],
-    parameter0: Tensor,
-    parameter1: Tensor,
-    scalars: Tensor,
-    objective: str,
-    temperature_squared: bool,
-    compute_dtype: Optional[torch.dtype],
-    logits_dtype: Optional[torch.dtype],
-    backend: Optional[str],
-    workspace_bytes: Optional[int],
-    compact: bool,
-    needs: List[bool],
-    parts: bool,
-    per_token: bool,
-    deferred: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "kd_kernels::row_divergence", mutates_args=(), schema=f"({_CALL}) -> ({', '.join(['Tensor'] * 10)})"
+)
+def row_divergence(*arguments):
     """Weighted divergence (+ cross-entropy) over tokens.
 
     Args:
@@ -205,19 +165,19 @@ def row_divergence(
         loss (0-d or ``[N]``), terms ``[N, 4]``, statistics ``[N, 10]``, factor (0-d), and the six
         gradients, unscaled (empty where not wanted or deferred).
     """
-    values = locals()
-    call = {name: values[name] for name in _ARGUMENTS}
+    call = dict(zip(_ARGUMENTS, arguments))
     problem = _unpack(call)
     _check_values(problem, call)
     if problem.target is not None:
-        refuse_undefined(problem.objective, missing)
-    now = any(needs) and not deferred
+        refuse_undefined(problem.objective, call["missing"])
+    now = any(call["needs"]) and not call["deferred"]
     phases = R.STATISTICS | R.TERMS | (R.GRADIENT if now else 0)
     outcome = walk(problem if now else _without_gradients(problem), phases)
-    dtype = _result_dtype(student, teacher)
+    student = call["student"]
+    dtype = result_dtype(student, call["teacher"])
     gradients = [student.new_empty(0) if g is None else g for g in outcome.gradients]
     return (
-        (outcome.loss if per_token else outcome.loss.sum()).to(dtype),
+        (outcome.loss if call["per_token"] else outcome.loss.sum()).to(dtype),
         outcome.terms.to(dtype),
         outcome.statistics,
         outcome.factor,
@@ -230,7 +190,7 @@ def _(*args):
     call = dict(zip(_ARGUMENTS, args))
     student, teacher = call["student"], call["teacher"]
     tokens = student.shape[:-1].numel()
-    dtype = _result_dtype(student, teacher)
+    dtype = result_dtype(student, teacher)
 
     def of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return student.new_empty(shape, dtype=dtype)
@@ -279,52 +239,23 @@ def _(gradient, upstream, factor, dtype):
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
 
 
-@torch.library.custom_op("kd_kernels::row_divergence_backward", mutates_args=())
-def row_divergence_backward(
-    upstream: Tensor,
-    statistics: Tensor,
-    student: Tensor,
-    student_weight: Optional[Tensor],
-    student_bias: Optional[Tensor],
-    teacher: Tensor,
-    teacher_weight: Optional[Tensor],
-    teacher_bias: Optional[Tensor],
-    target_ids: Optional[Tensor],
-    target_log_tail: Optional[Tensor],
-    missing: str,
-    valid: Optional[Tensor],
-    labels: Optional[Tensor],
-    student_temperature: Tensor,
-    teacher_temperature: Tensor,
-    token_weight: Optional[Tensor],
-    parameter0: Tensor,
-    parameter1: Tensor,
-    scalars: Tensor,
-    objective: str,
-    temperature_squared: bool,
-    compute_dtype: Optional[torch.dtype],
-    logits_dtype: Optional[torch.dtype],
-    backend: Optional[str],
-    workspace_bytes: Optional[int],
-    compact: bool,
-    needs: List[bool],
-    parts: bool,
-    per_token: bool,
-    deferred: bool,
-) -> List[Tensor]:
+@torch.library.custom_op(
+    "kd_kernels::row_divergence_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor statistics, {_CALL}) -> Tensor[]",
+)
+def row_divergence_backward(upstream, statistics, *arguments):
     """Gradients of the wanted inputs (in order, the others left out) for an upstream gradient that is
     0-d or ``[N]``, recomputing the logits and reusing ``statistics``."""
-    values = locals()
-    problem = _unpack({name: values[name] for name in _ARGUMENTS})
+    problem = _unpack(dict(zip(_ARGUMENTS, arguments)))
     problem.soft_weight = _times(problem.soft_weight, upstream)
     if problem.hard_weight is not None:
         problem.hard_weight = _times(problem.hard_weight, upstream)
     problem.entropies = False
     outcome = walk(problem, R.GRADIENT, statistics)
-    inputs = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
     return [
         scaled(g, outcome.factor, x.dtype)
-        for g, x in zip(outcome.gradients, inputs)
+        for g, x in zip(outcome.gradients, arguments)
         if g is not None and x is not None
     ]
 

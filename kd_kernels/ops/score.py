@@ -1,34 +1,22 @@
 """Scores of any number of models as a torch op: without autograd, whole under ``torch.compile``."""
 
 # Schemas are read from the annotations: no postponed ones, and typing's own generics, for torch 2.6.
-import os
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from kd_kernels.drivers.scoring import DIVERGENCES, MEASURES, Scoring, walk
-from kd_kernels.drivers.sides import Model
+from kd_kernels.drivers.sides import Model, result_dtype
+from kd_kernels.drivers.tokens import counted
+from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, checks_values
 
 
 def _check_values(call: Scoring) -> None:
-    """Value checks: on CPU, and elsewhere under KD_KERNELS_DEBUG=1, since they wait for the device."""
-    if not (call.temperature > 0 and call.temperature < float("inf")):
-        raise ValueError(f"temperature must be finite and > 0, got {call.temperature}")
-    debug = os.environ.get("KD_KERNELS_DEBUG", "0") not in ("", "0")
-    if call.labels is None or not (call.device.type == "cpu" or debug):
-        return
-    labels = call.labels if call.rows is None else call.labels[call.rows]
-    wrong = labels[(labels < 0) | (labels >= call.vocab)]
-    if wrong.numel():
-        raise ValueError(
-            f"labels must be in [0, {call.vocab}) or ignore_index (-100 unless given), got {wrong[0].item()} "
-            f"({wrong.numel()} such labels)"
-        )
-
-
-def _result_dtype(values: List[Tensor]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in values) else torch.float32
+    check_temperatures("temperature", torch.tensor([call.temperature], dtype=torch.float64))  # on the host
+    if call.labels is not None and checks_values(call.device):
+        labels = call.labels if call.rows is None else call.labels[call.rows]
+        check_range("labels", labels, call.vocab, otherwise=IGNORED)
 
 
 @torch.library.custom_op("kd_kernels::score", mutates_args=())
@@ -69,9 +57,7 @@ def score(
         )
         for i, (x, weight, bias) in enumerate(zip(values, weights, biases))
     ]
-    rows = None if valid is None else valid.nonzero().squeeze(1)
-    if rows is not None and rows.numel() == valid.numel():
-        rows = None
+    rows, _ = counted(valid, compact=True)
     call = Scoring(
         models,
         labels=None if labels is None else labels.to(torch.int64).contiguous(),
@@ -83,13 +69,13 @@ def score(
         workspace_bytes=workspace_bytes,
     )
     _check_values(call)
-    result, dtype = walk(call), _result_dtype(values)
+    result, dtype = walk(call), result_dtype(*values)
     return result.measures.to(dtype), result.top1, result.divergences.to(dtype)
 
 
 @score.register_fake
 def _(values, weights, biases, valid, labels, scalars, *rest):
-    count, tokens, dtype = len(values), values[0].shape[:-1].numel(), _result_dtype(values)
+    count, tokens, dtype = len(values), values[0].shape[:-1].numel(), result_dtype(*values)
     return (
         values[0].new_empty((count, MEASURES, tokens), dtype=dtype),
         values[0].new_empty((count, tokens), dtype=torch.int64),

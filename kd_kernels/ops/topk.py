@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.topk import TopkProblem, walk_topk
-from kd_kernels.ops.checks import checks_values, improper_temperatures
+from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, checks_values
 
 
 @torch.library.custom_op("kd_kernels::linear_topk", mutates_args=())
@@ -44,17 +44,8 @@ def linear_topk(
     scale, softcap = scalars.tolist()
     vocab = values.shape[-1] if weight is None else weight.shape[0]
     if checks_values(values.device):
-        wrong = targets[(targets < -1) | (targets >= vocab)]
-        if wrong.numel():
-            raise ValueError(
-                f"targets and ids must be in [0, {vocab}), or ignore_index, got {wrong[0].item()} "
-                f"({wrong.numel()} such). A bare tensor is taken as logits; hidden states go in as "
-                f"kd.Head(hidden, weight)"
-            )
-    # Temperatures are on the host: looking at them waits for nobody.
-    wrong = improper_temperatures(temperatures)
-    if wrong.numel():
-        raise ValueError(f"temperature must be finite and > 0, got {wrong[0].item()}")
+        check_range("targets and ids", targets, vocab, -1, otherwise=IGNORED)
+    check_temperatures("temperature", temperatures)  # on the host: looking at them waits for nobody
     model = Model(values, weight, bias, scale, softcap, temperatures[:1], needs=(False, False, False))
     found = walk_topk(
         TopkProblem(
