@@ -349,13 +349,22 @@ def test_reading_writes_nothing(tmp_path):
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
 
 
-def test_draws_to_another_place(tmp_path):
-    """As wide as they were, and as narrow as they lie on disk."""
+def test_records_move_whole(tmp_path, monkeypatch):
+    """Draws as narrow as they lie on disk."""
     written = teacher(5, 0)
-    found = write(tmp_path, {"a": written})["a"].to("cpu", non_blocking=True)
-    assert_same(found, written)
-    assert len(found.draws.ids) == (written.sample_ids >= 0).sum() < written.sample_ids.numel()
-    assert torch.equal(found.draws.per_token, (written.sample_ids >= 0).sum(-1).to(torch.int32))
+    record = write(tmp_path, {"a": written})["a"]
+    assert_same(record.to("cpu", non_blocking=True), written)
+    assert len(record.draws.ids) == (written.sample_ids >= 0).sum() < written.sample_ids.numel()
+    assert torch.equal(record.draws.per_token, (written.sample_ids >= 0).sum(-1).to(torch.int32))
+
+    def tensors(record):
+        return [x for part in (record, record.draws) for x in vars(part).values() if torch.is_tensor(x)]
+
+    assert [x.device.type for x in tensors(record.to("meta"))] == ["meta"] * 7
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    assert_same(record.pin_memory(), written)
+    assert {id(x) for x in pinned} == {id(x) for x in tensors(record)}
 
 
 def _first_shard(path):
