@@ -165,6 +165,15 @@ def loader_case(size: CacheSize, path: Path) -> Case:
 CASES = {"read": read_case, "loader": loader_case}
 
 
+def named(size: CacheSize, threads: int) -> Row:
+    sizes = f"{size.sequences}x{size.length}x{size.vocab}"
+    return {
+        "bench": "cache",
+        "case_id": f"cache/{size.what}/{size.dtype}/K{size.k}/samples{size.samples}/{sizes}",
+        "case": {"threads": threads, **vars(size)},
+    }
+
+
 def run_case(size: CacheSize, *, rounds: int, threads: int, reject: bool) -> list[Row]:
     need("pyarrow")
     with tempfile.TemporaryDirectory() as folder:
@@ -180,10 +189,7 @@ def run_case(size: CacheSize, *, rounds: int, threads: int, reject: bool) -> lis
     rows = []
     for timed in entries or [Timed(name, step) for name, step in steps.items()]:
         row: Row = {
-            "bench": "cache",
-            "case_id": f"cache/{size.what}/{size.dtype}/K{size.k}/samples{size.samples}/"
-            f"{size.sequences}x{size.length}x{size.vocab}",
-            "case": {"threads": threads, **vars(size)},
+            **named(size, threads),
             "provider": timed.name,
             "status": "ok" if good else "wrong",
             "reason": "" if good else "what is read is not what was written",
@@ -218,5 +224,6 @@ def run(
             for row in run_case(size, rounds=rounds, threads=threads, reject=reject):
                 writer.add(row)
         except Unavailable as reason:
-            print(f"    not run, {reason.status}: {reason.reason}", file=sys.stderr)
+            found = {"provider": "kd", "status": reason.status, "reason": reason.reason}
+            writer.add({**named(size, threads), **found})
     return writer.rows

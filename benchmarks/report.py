@@ -251,7 +251,7 @@ def cache_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
                 size.what,
                 f"{size.sequences} x {size.length} x {size.vocab}{width}",
                 ", ".join(kept),
-                f"{row['bytes_per_token']:.1f}",
+                f"{row['bytes_per_token']:.1f}" if "bytes_per_token" in row else "",
                 row["provider"],
                 spread(row, "seconds", seconds),
                 f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
