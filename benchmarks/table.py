@@ -15,11 +15,13 @@ from typing import Optional
 
 from record import RESULTS, ROOT, Row, read_all
 from report import (
+    CACHE_HEADER,
     OURS,
     SCALING_HEADER,
     SPARSE_HEADER,
     absence,
     best_peer,
+    cache_lines,
     cases,
     mebibytes,
     median,
@@ -159,6 +161,15 @@ def sparse_markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def cache_markdown(rows: Sequence[Row]) -> str:
+    return (
+        "Teachers on disk. `read` takes every sequence of a cache in random order, checked before (`kd`) or "
+        "in the same pass (`kd, first`); its yardstick reads the same files whole into one buffer, all from "
+        "a warm page cache. `loader` is a batch from a DataLoader without workers; its "
+        "yardstick is the training step that it is for.\n\n" + markdown(CACHE_HEADER, cache_lines(rows))
+    )
+
+
 def scaling_markdown(rows: Sequence[Row]) -> str:
     shown = [line for line in scaling_lines(rows) if line[4] in (*OURS, FLOOR)]
     return (
@@ -174,6 +185,7 @@ def readme_section(results: Path = RESULTS) -> str:
         ("head", memory_markdown),
         ("rows", rows_markdown),
         ("sparse", sparse_markdown),
+        ("cache", cache_markdown),
         ("scaling", scaling_markdown),
     )
     machines = read_all(results)

@@ -102,12 +102,36 @@ class SparseSize:
     width: int = 0
 
 
+@dataclass(frozen=True)
+class CacheSize:
+    """A teacher on disk, to be read or, with the student's hidden size as ``width``, to be trained from."""
+
+    what: str
+    sequences: int
+    length: int
+    vocab: int
+    k: int
+    samples: int
+    dtype: str = "float32"
+    width: int = 0
+
+
 HEAD = Shape(2048, 32000)
 SPARSE = {"topk": SparseSize(64, 262144, 32), "sparse step": SparseSize(2048, 32000, 64, 512)}
 SPARSE_QUICK = {"topk": SparseSize(4, 3000, 8), "sparse step": SparseSize(48, 384, 8, 32)}
 # Promises about these sizes: time over the yardstick, and plain torch's time over ours.
 SPARSE_OVER_FLOOR = {"sparse step": 1.1}
 SPARSE_SPEEDUP = {("topk", "fp32"): 12.0}
+CACHE = (
+    CacheSize("read", 32, 4096, 32000, 64, 0),
+    CacheSize("read", 32, 4096, 32000, 64, 0, "float16"),
+    CacheSize("read", 128, 4096, 32000, 0, 50),
+    CacheSize("loader", 64, 512, 32000, 64, 0, width=1024),
+    CacheSize("loader", 64, 512, 32000, 0, 50, width=1024),
+)
+CACHE_QUICK = (CacheSize("read", 4, 16, 384, 8, 5), CacheSize("loader", 4, 16, 384, 8, 5, "float16", 32))
+# Promises about these sizes: reading at 80 % of the raw read's speed; share of a step.
+CACHE_OVER_YARDSTICK = {"read": 1.25, "loader": 0.02}
 QUICK = Shape(48, 384, 32, 48)
 
 

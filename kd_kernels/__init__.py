@@ -12,6 +12,7 @@ if not (_here / "triton_kernels").exists() and (_here.parent / "triton_kernels")
     __path__.append(str(_here.parent))
 
 from kd_kernels.backends import BackendUnavailable  # noqa: E402
+from kd_kernels.cache import CacheError, CacheWriter, TeacherCache, TeacherRecord  # noqa: E402
 from kd_kernels.calibration import Calibration, calibration  # noqa: E402
 from kd_kernels.distill import DistillationLoss, Parts, distill, next_token_labels  # noqa: E402
 from kd_kernels.drivers.workspace import release_workspace  # noqa: E402
@@ -36,6 +37,8 @@ from kd_kernels.version import __version__  # noqa: E402
 __all__ = [
     "CATALOGUE",
     "BackendUnavailable",
+    "CacheError",
+    "CacheWriter",
     "Calibration",
     "DistillationLoss",
     "ForwardKL",
@@ -52,6 +55,8 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "SparseTarget",
+    "TeacherCache",
+    "TeacherRecord",
     "TopK",
     "TotalVariation",
     "WeightedKL",

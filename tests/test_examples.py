@@ -107,3 +107,15 @@ def test_a_lost_teacher_is_reported(load):
         with pytest.raises(RuntimeError, match="the teacher.s process ended"):
             list(served.hidden_states(data))
     assert not served.process.is_alive()
+
+
+def test_student_learns_from_a_cache_alone(monkeypatch, capsys, tmp_path):
+    """And a second run finds every sequence there."""
+    pytest.importorskip("pyarrow", reason="examples/cached_teacher.py is about teacher caches")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("cached_teacher")
+    text = EXAMPLES / "tiny_lm.py"
+    assert module.main([str(text), "--out", str(tmp_path), "--tiny"]) == 0, capsys.readouterr().out
+    assert kd.TeacherCache.open(tmp_path).tokens == text.stat().st_size
+    assert module.main([str(text), "--out", str(tmp_path), "--tiny"]) == 0
+    assert "cached 0 sequences" in capsys.readouterr().out

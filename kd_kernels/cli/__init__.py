@@ -11,10 +11,10 @@ import signal
 from collections.abc import Sequence
 from typing import Optional
 
-from kd_kernels.cli import bench, info, plan, selftest
+from kd_kernels.cli import bench, cache, info, plan, selftest
 from kd_kernels.cli.common import UsageError
 
-COMMANDS = {"info": info, "selftest": selftest, "bench": bench, "plan": plan}
+COMMANDS = {"info": info, "selftest": selftest, "bench": bench, "plan": plan, "cache": cache}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
