@@ -25,6 +25,7 @@ from kd_kernels.objectives import (  # noqa: E402
     ReverseKL,
     SkewKL,
     SkewReverseKL,
+    SortedWasserstein,
     TotalVariation,
     WeightedKL,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Scores",
     "SkewKL",
     "SkewReverseKL",
+    "SortedWasserstein",
     "SparseTarget",
     "TopK",
     "TotalVariation",

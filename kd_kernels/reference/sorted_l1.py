@@ -8,9 +8,9 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.reference.row_divergence import shifted
 
-# What this takes beside the logits, in bytes per token and entry of the larger vocabulary: the values, their order
-# (int64) and what the sort itself needs, of both sides.
-WORKING_BYTES = 64
+# What this takes beside the logits, in bytes per token and entry of the larger vocabulary: the values, their
+# order (int64) and what the sort itself needs, of both sides.
+WORKING_BYTES = 96
 
 
 def sorted_l1(job: R.SortedL1Job) -> None:
