@@ -11,6 +11,7 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "triton_kernels").exists() and (_here.parent / "triton_kernels").exists():
     __path__.append(str(_here.parent))
 
+from kd_kernels.alignment import Alignment, align_tokens, answer_rows, byte_groups  # noqa: E402
 from kd_kernels.backends import BackendUnavailable  # noqa: E402
 from kd_kernels.calibration import Calibration, calibration  # noqa: E402
 from kd_kernels.distill import DistillationLoss, Parts, distill, next_token_labels  # noqa: E402
@@ -36,6 +37,7 @@ from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
     "CATALOGUE",
+    "Alignment",
     "BackendUnavailable",
     "Calibration",
     "DistillationLoss",
@@ -58,6 +60,9 @@ __all__ = [
     "TotalVariation",
     "WeightedKL",
     "__version__",
+    "align_tokens",
+    "answer_rows",
+    "byte_groups",
     "calibration",
     "distill",
     "last_hidden_state",

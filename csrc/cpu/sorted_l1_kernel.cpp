@@ -104,6 +104,22 @@ struct Scratch {
   }
 };
 
+// sign - sum_j p_j sign_j, by sign: without the cancellation that it has where nearly all have the same sign.
+struct Pull {
+  double at[3] = {};
+};
+
+// Sums of probabilities by their sign; divided by what they sum to as they were computed.
+struct SignSums {
+  double of[3] = {};
+  KD_INLINE void add(double probability, int sign) { of[sign + 1] += probability; }
+  double signed_sum() const { return of[2] - of[0]; }
+  Pull pull() const {
+    const double total = of[0] + of[1] + of[2];
+    return {{-(2.0 * of[2] + of[1]) / total, (of[0] - of[2]) / total, (2.0 * of[0] + of[1]) / total}};
+  }
+};
+
 // One model's row on its way to probabilities, and its gradient on its way back.
 template <class T>
 class RowSide : Strip<T> {
@@ -137,21 +153,23 @@ class RowSide : Strip<T> {
     return reinterpret_cast<Record*>(records);
   }
 
-  // soft (sign - mean) p + hard p_hard, less hard at the label.
-  void write_gradient(const int8_t* signs, double mean, double soft, double hard, double hard_logz, int64_t label) {
+  // soft pull p + hard p_hard, less hard at the label.
+  void write_gradient(const int8_t* signs, const Pull& pull, double soft, double hard, double hard_logz,
+                      int64_t label) {
     const Side& side = side_.logits;
-    const V zero(0.0), centre(mean), max(side_.max[row_]), logz(hard_logz);
+    const V zero(0.0), max(side_.max[row_]), logz(hard_logz);
     const V soft_factor(soft * side_.mass[row_] * inverse_temperature_ * side.scale), hard_factor(hard * side.scale);
+    const T by_sign[] = {static_cast<T>(pull.at[0]), static_cast<T>(pull.at[1]), static_cast<T>(pull.at[2])};
     for (int64_t v = 0; v < side_.vocab; v += Base::block_width()) {
       const int steps = Base::load(side, v, z_);
       if (soft != 0.0) probabilities(steps);
       const int64_t left = side_.vocab - v, count = left < Base::block_width() ? left : Base::block_width();
       if (soft != 0.0 && signs) {
-        for (int64_t i = 0; i < count; ++i) sign_.at[i] = static_cast<T>(signs[v + i]);
+        for (int64_t i = 0; i < count; ++i) pull_.at[i] = by_sign[signs[v + i] + 1];
       }
       for (int at = 0; at < steps * kLanes<T>; at += V::kLanes) {
         V gradient = zero;
-        if (soft != 0.0) gradient = soft_factor * V::load(p_.at + at) * (V::load(sign_.at + at) - centre);
+        if (soft != 0.0) gradient = soft_factor * V::load(p_.at + at) * V::load(pull_.at + at);
         if (hard != 0.0) gradient = gradient + hard_factor * exp(V::load(z_.at + at) - max - logz);
         gradient.store(gradient_.at + at);
       }
@@ -171,7 +189,7 @@ class RowSide : Strip<T> {
   int64_t row_ = 0;
   double inverse_temperature_ = 1.0;
   Block<T> z_, p_, gradient_;
-  Block<T> sign_ = {};
+  Block<T> pull_ = {};
 };
 
 template <class T>
@@ -195,8 +213,8 @@ class SortedRunner {
     if (!student_.finite() || !teacher_.finite()) {
       args_.loss[row] = args_.student.sum[row] = args_.teacher.sum[row] = kNaN<double>;
       const double poison = soft == 0.0 ? 0.0 : kNaN<double>;
-      if (wants_student) student_.write_gradient(nullptr, 0.0, poison, hard, hard_logz, label);
-      if (wants_teacher) teacher_.write_gradient(nullptr, 0.0, poison, 0.0, 0.0, -1);
+      if (wants_student) student_.write_gradient(nullptr, Pull(), poison, hard, hard_logz, label);
+      if (wants_teacher) teacher_.write_gradient(nullptr, Pull(), poison, 0.0, 0.0, -1);
       return;
     }
     if (wants_student && wants_teacher) {
@@ -209,9 +227,9 @@ class SortedRunner {
       compare<Key<T>, Key<T>>(row);
     }
     if (wants_student) {
-      student_.write_gradient(scratch_.student_signs, student_mean_, soft, hard, hard_logz, label);
+      student_.write_gradient(scratch_.student_signs, student_pull_, soft, hard, hard_logz, label);
     }
-    if (wants_teacher) teacher_.write_gradient(scratch_.teacher_signs, teacher_mean_, soft, 0.0, 0.0, -1);
+    if (wants_teacher) teacher_.write_gradient(scratch_.teacher_signs, teacher_pull_, soft, 0.0, 0.0, -1);
   }
 
  private:
@@ -225,47 +243,41 @@ class SortedRunner {
     const double student_mass = args_.student.mass[row], teacher_mass = args_.teacher.mass[row];
     const int64_t student_vocab = args_.student.vocab, teacher_vocab = args_.teacher.vocab;
     const int64_t both = student_vocab < teacher_vocab ? student_vocab : teacher_vocab;
-    // The sums of sign * probability are those of the gradient, to be divided by what the probabilities sum to as
-    // they were computed.
-    double loss = 0.0, student_sum = 0.0, teacher_sum = 0.0, student_total = 0.0, teacher_total = 0.0;
+    double loss = 0.0;
+    SignSums student, teacher;
     for (int64_t k = 0; k < both; ++k) {
       const double own = static_cast<double>(q[k].probability()), other = static_cast<double>(p[k].probability());
       const double difference = own * student_mass - other * teacher_mass;
       const int sign = (difference > 0.0) - (difference < 0.0);
       loss += difference < 0.0 ? -difference : difference;
-      student_sum += sign * own;
-      teacher_sum -= sign * other;
-      student_total += own;
-      teacher_total += other;
+      student.add(own, sign);
+      teacher.add(other, -sign);
       mark(q[k], static_cast<int8_t>(sign), scratch_.student_signs);
       mark(p[k], static_cast<int8_t>(-sign), scratch_.teacher_signs);
     }
-    for (int64_t k = both; k < student_vocab; ++k)
-      rest(q[k], student_mass, loss, student_sum, student_total, scratch_.student_signs);
-    for (int64_t k = both; k < teacher_vocab; ++k)
-      rest(p[k], teacher_mass, loss, teacher_sum, teacher_total, scratch_.teacher_signs);
+    // What the longer side has beyond the shorter one.
+    for (int64_t k = both; k < student_vocab; ++k) loss += student_mass * beyond(q[k], student, scratch_.student_signs);
+    for (int64_t k = both; k < teacher_vocab; ++k) loss += teacher_mass * beyond(p[k], teacher, scratch_.teacher_signs);
     args_.loss[row] = loss;
-    args_.student.sum[row] = student_sum * student_mass;
-    args_.teacher.sum[row] = teacher_sum * teacher_mass;
-    student_mean_ = student_sum / student_total;
-    teacher_mean_ = teacher_sum / teacher_total;
+    args_.student.sum[row] = student.signed_sum() * student_mass;
+    args_.teacher.sum[row] = teacher.signed_sum() * teacher_mass;
+    student_pull_ = student.pull();
+    teacher_pull_ = teacher.pull();
   }
 
-  // What the longer side has beyond the shorter one.
   template <class Record>
-  KD_INLINE static void rest(const Record& record, double mass, double& loss, double& sum, double& total,
-                             int8_t* signs) {
+  KD_INLINE static double beyond(const Record& record, SignSums& sums, int8_t* signs) {
     const double probability = static_cast<double>(record.probability());
-    loss += probability * mass;
-    sum += probability;
-    total += probability;
-    mark(record, probability > 0.0, signs);
+    const int sign = probability > 0.0;
+    sums.add(probability, sign);
+    mark(record, static_cast<int8_t>(sign), signs);
+    return probability;
   }
 
   const SortedL1& args_;
   RowSide<T> student_, teacher_;
   Scratch<T> scratch_;
-  double student_mean_ = 0.0, teacher_mean_ = 0.0;
+  Pull student_pull_, teacher_pull_;
 };
 
 bool wide(const SortedL1& args) {

@@ -25,6 +25,7 @@ from kd_kernels.drivers.gathered import Gathered, Label, new_job, with_last
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.sparse import Target, implied_log_tail
 from kd_kernels.drivers.workspace import Workspace
+from kd_kernels.reference.sorted_l1 import centred
 
 _INF = float("inf")
 _ANY_ID = 2**31 - 1  # the teacher's vocabulary, which a saved top-K does not name
@@ -169,6 +170,8 @@ def topk_divergence(
     width = max(student.log_p.shape[1], teacher.log_p.shape[1]) - 1
     q, p = student.masses(width, job.parameter0), teacher.masses(width, job.parameter1)
     sign = (q - p).sign()
+    # sign(NaN) is 0, and a row without a distribution is NaN on both sides.
+    sign = torch.where((q - p).isnan().any(1, keepdim=True), torch.nan, sign)
     if phases & R.TERMS:
         bound = 2 * torch.minimum(q[:, -1], p[:, -1])
         _store(job, (q - p).abs().sum(1), (sign * q).sum(1), -(sign * p).sum(1), bound)
@@ -260,9 +263,8 @@ def _set_gradient(job: R.RowJob, side: _Top, masses: Tensor, signs: Tensor) -> N
     """``a q_k (s_k - sum_j q_j s_j)`` at the K, the last outcome's for all others: kernel's coefficients."""
     view, k = side.view, side.k
     total = masses.sum(1, keepdim=True)
-    pull = (
-        job.soft_weight[:, None] * (signs - (signs * masses).sum(1, keepdim=True) / total) / view.temperature
-    )
+    pull = torch.where(signs.isnan(), torch.nan, centred(signs, masses))
+    pull = job.soft_weight[:, None] * pull / view.temperature
     at_top = torch.nn.functional.pad((masses * pull)[:, :k], (0, side.given - k))
 
     def among_others(log_share: Tensor) -> Tensor:

@@ -36,6 +36,17 @@ def sorted_l1(job: R.SortedL1Job) -> None:
             _write_gradient(job, side, ranked, signs, defined)
 
 
+def centred(signs: Tensor, masses: Tensor) -> Tensor:
+    """``sign - sum_j q_j sign_j``, q the masses over their sum; without the cancellation that it has where
+    nearly all have the same sign."""
+    above, below = (torch.where(s > 0, masses, 0.0).sum(1, keepdim=True) for s in (signs, -signs))
+    equal = torch.where(signs == 0, masses, 0.0).sum(1, keepdim=True)
+    pull = torch.where(
+        signs > 0, 2 * below + equal, torch.where(signs < 0, -2 * above - equal, below - above)
+    )
+    return pull / (above + below + equal)
+
+
 class _Ranked:
     """A side's probabilities times its mass, in descending order, stable."""
 
@@ -57,9 +68,8 @@ def _write_gradient(
     """Of the mass ``a q_v`` at rank r: ``a q_v (sign_r - sum_k q_(k) sign_k)``, over the temperature."""
     masses = ranked.masses
     dtype = masses.dtype
-    mean = (signs * masses).sum(1, keepdim=True) / masses.sum(1, keepdim=True)
     # Into the order of the ids, over the temperature.
-    soft = torch.zeros_like(masses).scatter_(1, ranked.order, masses * (signs - mean))
+    soft = torch.zeros_like(masses).scatter_(1, ranked.order, masses * centred(signs, masses))
     soft = soft / side.rows.temperature.to(dtype)[:, None]
     soft = torch.where(defined[:, None], soft, torch.nan)
     gradient = _times(job.soft_weight, soft)
