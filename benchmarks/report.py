@@ -10,6 +10,9 @@ from workloads import (
     FLOOR,
     FLOOR_VOCAB_MAJOR,
     HEAD,
+    SORTED,
+    SORTED_OVER_FLOOR,
+    SORTED_SPEEDUP,
     SPARSE,
     SPARSE_OVER_FLOOR,
     SPARSE_SPEEDUP,
@@ -17,6 +20,7 @@ from workloads import (
     TARGET_SPEEDUP,
     WORKSPACE_BYTES,
     Shape,
+    SortedSize,
     SparseSize,
     target_ratio,
 )
@@ -223,6 +227,56 @@ def sparse_size(row: Row) -> SparseSize:
 
 def sparse_text(rows: Iterable[Row]) -> str:
     return aligned(SPARSE_HEADER, sparse_lines(rows))
+
+
+SORTED_HEADER = (
+    "what",
+    "tokens x student + teacher vocabulary",
+    "dtype",
+    "provider",
+    "time",
+    "x two sorts",
+    "worst error",
+    "short / bound",
+    "targets",
+)
+
+
+def sorted_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """``short``: by how much the top-K form is below the exact value; ``bound``: by how much it may be."""
+    lines = []
+    for case in cases(rows).values():
+        plain = median(case.get("torch"))
+        for row in case.values():
+            shape, mine, over = row["case"], median(row), median(row, "ratio_floor")
+            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            size = SortedSize(shape["tokens"], shape["vocab"], shape["teacher_vocab"], shape["k"])
+            if size == SORTED and row["provider"] == "kd" and over is not None:
+                note = f"{'pass' if over <= SORTED_OVER_FLOOR else 'FAIL'} two sorts <= {SORTED_OVER_FLOOR:g}"
+            loss_alone = shape["what"] == "sorted"
+            if (
+                loss_alone
+                and size == SORTED
+                and row["provider"] == "kd top-K"
+                and mine is not None
+                and plain is not None
+            ):
+                ahead = plain / mine
+                note = f"{'pass' if ahead >= SORTED_SPEEDUP else 'FAIL'} torch >= {SORTED_SPEEDUP:g}x"
+            error = row.get("error") or {}
+            lines.append(
+                (
+                    shape["what"], f"{size.tokens} x {size.vocab} + {size.teacher_vocab}, K = {size.k}",
+                    shape["dtype"], row["provider"], spread(row, "seconds", seconds), ratio(over),
+                    f"{error['worst']:.1e}" if error else "",
+                    f"{row['short']:.3g} / {row['bound']:.3g}" if "short" in row else "", note,
+                )
+            )  # fmt: skip
+    return lines
+
+
+def sorted_text(rows: Iterable[Row]) -> str:
+    return aligned(SORTED_HEADER, sorted_lines(rows))
 
 
 def scaling_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:

@@ -17,6 +17,7 @@ from record import RESULTS, ROOT, Row, read_all
 from report import (
     OURS,
     SCALING_HEADER,
+    SORTED_HEADER,
     SPARSE_HEADER,
     absence,
     best_peer,
@@ -27,6 +28,7 @@ from report import (
     ratio,
     scaling_lines,
     seconds,
+    sorted_lines,
     sparse_lines,
     verdicts,
 )
@@ -159,6 +161,15 @@ def sparse_markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def sorted_markdown(rows: Sequence[Row]) -> str:
+    return (
+        "The sorted L1 between two vocabularies (`kd.SortedWasserstein`), of logits that exist; its "
+        "yardstick is two `torch.sort` of them. `sorted` is the loss alone, `sorted step` with the gradient to "
+        "the student's logits; `torch` is the published form.\n\n"
+        + markdown(SORTED_HEADER, sorted_lines(rows))
+    )
+
+
 def scaling_markdown(rows: Sequence[Row]) -> str:
     shown = [line for line in scaling_lines(rows) if line[4] in (*OURS, FLOOR)]
     return (
@@ -174,6 +185,7 @@ def readme_section(results: Path = RESULTS) -> str:
         ("head", memory_markdown),
         ("rows", rows_markdown),
         ("sparse", sparse_markdown),
+        ("sorted", sorted_markdown),
         ("scaling", scaling_markdown),
     )
     machines = read_all(results)

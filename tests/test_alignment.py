@@ -158,7 +158,8 @@ def gold(own, other, **config):
     settings = {
         "uld_crossentropy_weight": 0.0, "uld_distillation_weight": 1.0, "uld_student_temperature": 1.3,
         "uld_teacher_temperature": 0.8, "uld_skip_student_eos": False, "uld_skip_teacher_eos": False,
-        "use_extended_uld": True, "uld_token_merge_strategy": "observed", "uld_use_hybrid_loss": False, **config,
+        "use_extended_uld": True, "uld_token_merge_strategy": "observed", "uld_use_hybrid_loss": False,
+        **config,
     }  # fmt: skip
     loss = trainer.ULDLoss(SimpleNamespace(**settings))
     logits = [side.hidden @ side.weight.T for side in (own, other)]
@@ -176,9 +177,10 @@ def ours(own, other, merge, extended, late=0):
     for end, head, side, t in zip((alignment.student, alignment.teacher), heads, sides, (1.3, 0.8)):
         labels = side.labels if late else kd.next_token_labels(side.labels)
         masses.append(end.log_mass(head, labels, temperature=t))
+    student, teacher = alignment.student.take(heads[0]), alignment.teacher.take(heads[1])
     return kd.distill(
-        alignment.student.take(heads[0]), alignment.teacher.take(heads[1]), kd.SortedWasserstein(None, *masses),
-        temperature=1.3, teacher_temperature=0.8, token_weight=alignment.sample_weight(), teacher_grad=True,
+        student, teacher, kd.SortedWasserstein(None, *masses), temperature=1.3,
+        teacher_temperature=0.8, token_weight=alignment.sample_weight(), teacher_grad=True,
     )  # fmt: skip
 
 
