@@ -164,8 +164,8 @@ def sparse_markdown(rows: Sequence[Row]) -> str:
 def sorted_markdown(rows: Sequence[Row]) -> str:
     return (
         "The sorted L1 between two vocabularies (`kd.SortedWasserstein`), of logits that exist; its "
-        "yardstick is two `torch.sort` of them. `sorted` is the loss alone, `sorted step` with the gradient to "
-        "the student's logits; `torch` is the published form.\n\n"
+        "yardstick is two `torch.sort` of them. `sorted` is the loss alone, `sorted step` with the gradient "
+        "to the student's logits; `torch` is the published form.\n\n"
         + markdown(SORTED_HEADER, sorted_lines(rows))
     )
 

@@ -48,8 +48,8 @@ class Parts(NamedTuple):
     """Entropy in nats of the teacher's distribution at its temperature."""
     valid_tokens: Tensor
     """0-d int64: how many tokens count."""
-    error_bound: Optional[Tensor] = None
-    """By how much ``soft`` may be too small, of ``SortedWasserstein(top_k=)``; None for all else."""
+    error_bound: Tensor
+    """By how much ``soft`` may be too small, of ``SortedWasserstein(top_k=)``; 0 for all else."""
 
 
 def distill(
@@ -206,7 +206,7 @@ def distill(
     if not return_parts:
         return loss
     columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
-    bound = None
+    bound = torch.zeros_like(columns[R.SOFT])
     if objective.top_k is not None:
         bound = statistics[:, R.ERROR_BOUND].detach().to(terms.dtype).reshape(lead)
     return loss, Parts(*columns, valid_tokens=count(valid, lead, device), error_bound=bound)
