@@ -66,6 +66,20 @@ def test_shaping(objective, shaping, backend):
     compare(batch, student, teacher, objective, backend, labels=batch.labels, hard_weight=0.4)
 
 
+@FORMS
+def test_existing_logits_are_read_where_they_lie(objective, backend):
+    """Slices of a batch, at odd offsets, on both sides."""
+    own, other = batches(backend)
+    student = torch.randn(own.lead[0], own.lead[1] + 1, own.vocab + 3, requires_grad=True)
+    teacher = torch.randn(own.lead[0], own.lead[1] + 2, other.vocab)
+    sources = student[:, :-1, 3:], teacher[:, 2:]
+    loss = kd.distill(*sources, objective, backend=backend)
+    want = dense_distill(*(kd.Logits(x.double()) for x in sources), objective)
+    torch.testing.assert_close(loss.double(), want, atol=1e-6, rtol=1e-6)
+    got, wanted = (torch.autograd.grad(x, student)[0] for x in (loss, want))
+    torch.testing.assert_close(got, wanted, atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 131, 203, 1000])
 def test_any_k(k):
     """Beyond the smaller vocabulary too; from the larger one on it is the exact value."""
