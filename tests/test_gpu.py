@@ -53,7 +53,7 @@ def test_sources_and_dtypes(objective, kinds, dtype):
 @pytest.mark.parametrize("k", [None, 7])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_sorted_l1(k, option):
-    """Vocabularies of different size: torch.sort for the exact form, the topk and gather kernels for top K."""
+    """Vocabularies of two sizes: torch.sort for the exact form, the topk and gather kernels for the top K."""
     batch = GpuBatch(seed=1)
     student = batch.source("student", "head", torch.float32)
     teacher = GpuBatch(vocab=131, seed=2).source("teacher", "head", torch.float32)
