@@ -16,7 +16,7 @@ import mmap
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,7 +25,9 @@ from bench_head import spread_row
 from harness import Timed, run_rounds
 from providers import Unavailable, need
 from record import Row, Writer, rounded
-from workloads import CACHE, CacheSize
+from registry import Bench
+from report import median, seconds, spread
+from workloads import CACHE, CACHE_OVER_YARDSTICK, CACHE_QUICK, CacheSize
 
 YARDSTICK = {"read": "raw read", "loader": "step"}
 BATCH = 2
@@ -227,3 +229,58 @@ def run(
             found = {"provider": "kd", "status": reason.status, "reason": reason.reason}
             writer.add({**named(size, threads), **found})
     return writer.rows
+
+
+def run_bench(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **options: Any) -> list[Row]:
+    return run(results, sizes=CACHE_QUICK if quick else CACHE, **options)
+
+
+# --- the table ----------------------------------------------------------------------------------------
+
+CACHE_HEADER = (
+    "what", "size", "saved", "bytes / token", "provider", "median [p20 .. p80]", "GB/s", "x yardstick",
+    "targets",
+)  # fmt: skip
+
+
+def cache_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """One line per provider; the first of each case is what the others are measured against."""
+    lines = []
+    for row in rows:
+        size = CacheSize(**{name: x for name, x in row["case"].items() if name != "threads"})
+        over, limit = median(row, "ratio_floor"), CACHE_OVER_YARDSTICK[size.what]
+        note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+        if row["provider"] == "kd" and over is not None and size in CACHE:
+            note = f"{'pass' if over <= limit else 'FAIL'} <= {limit:g}"
+        width = f", step of 2 x {size.length}, D = {size.width}" if size.width else ""
+        kept = [f"K = {size.k}, {size.dtype}"] if size.k else []
+        kept += [f"{size.samples} draws"] if size.samples else []
+        lines.append(
+            (
+                size.what,
+                f"{size.sequences} x {size.length} x {size.vocab}{width}",
+                ", ".join(kept),
+                f"{row['bytes_per_token']:.1f}" if "bytes_per_token" in row else "",
+                row["provider"],
+                spread(row, "seconds", seconds),
+                f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
+                "" if over is None else f"{over:.2g}",
+                note,
+            )
+        )
+    return lines
+
+
+BENCH = Bench(
+    name="cache",
+    title="Teachers on disk: reading, and loading for a step",
+    about=(
+        "Teachers on disk. `read` takes every sequence of a cache in random order, checked before (`kd`) or "
+        "in the same pass (`kd, first`); its yardstick reads the same files whole into one buffer, all from "
+        "a warm page cache. `loader` is a batch from a DataLoader without workers; its yardstick is the "
+        "training step that it is for."
+    ),
+    header=CACHE_HEADER,
+    lines=cache_lines,
+    run=run_bench,
+)

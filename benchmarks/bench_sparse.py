@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,9 +17,10 @@ from bench_head import spread_row
 from harness import Timed, run_rounds
 from providers import Unavailable, backend, by_name, forget_compiled, need
 from record import Row, Writer, rounded
-from report import OURS
+from registry import Bench
+from report import OURS, cases, median, ratio, seconds, spread
 from torch import Tensor
-from workloads import DTYPES, SPARSE, SparseSize
+from workloads import DTYPES, SPARSE, SPARSE_OVER_FLOOR, SPARSE_QUICK, SPARSE_SPEEDUP, SparseSize
 
 YARDSTICK = {"topk": "one read", "sparse step": "three products"}
 Step = Callable[[], tuple[Tensor, ...]]
@@ -234,3 +235,71 @@ def run(
             ):
                 writer.add(row)
     return writer.rows
+
+
+def run_bench(results: Optional[Path], *, quick: bool, **options: Any) -> list[Row]:
+    return run(results, sizes=SPARSE_QUICK if quick else SPARSE, compiling=not quick, **options)
+
+
+# --- the table ----------------------------------------------------------------------------------------
+
+SPARSE_HEADER = (
+    "what",
+    "size",
+    "dtype",
+    "provider",
+    "median [p20 .. p80]",
+    "x yardstick",
+    "worst error",
+    "targets",
+)
+
+
+def sparse_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """One line per provider; the first of each case is what the others are measured against."""
+    rows = list(rows)
+    lines = []
+    for case in cases(rows).values():
+        plain = median(case.get("torch"))
+        for row in case.values():
+            what, mine = row["case"]["what"], median(row)
+            width = f", D = {row['case']['width']}" if row["case"]["width"] else ""
+            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            if row["provider"] in OURS and mine is not None and sparse_size(row) == SPARSE[what]:
+                judged = []
+                limit, over = SPARSE_OVER_FLOOR.get(what), median(row, "ratio_floor")
+                if limit is not None and over is not None:
+                    judged.append(f"{'pass' if over <= limit else 'FAIL'} floor <= {limit:g}")
+                wanted = SPARSE_SPEEDUP.get((what, row["case"]["dtype"]))
+                if wanted is not None and plain is not None:
+                    judged.append(f"{'pass' if plain / mine >= wanted else 'FAIL'} torch >= {wanted:g}x")
+                note = "; ".join(judged)
+            size = f"{row['case']['tokens']} x {row['case']['vocab']}, K = {row['case']['k']}{width}"
+            error = row.get("error") or {}
+            lines.append(
+                (
+                    what, size, row["case"]["dtype"], row["provider"], spread(row, "seconds", seconds),
+                    ratio(median(row, "ratio_floor")), f"{error['worst']:.1e}" if error else "", note,
+                )
+            )  # fmt: skip
+    return lines
+
+
+def sparse_size(row: Row) -> SparseSize:
+    case = row["case"]
+    return SparseSize(case["tokens"], case["vocab"], case["k"], case["width"])
+
+
+BENCH = Bench(
+    name="sparse",
+    title="Saved teachers: writing one, training from one",
+    about=(
+        "Saved teachers. `topk` writes one from existing logits: the K largest, log-sum-exp, entropy, tail "
+        "mass, and the rank and log-probability of a target; its yardstick is one read of the logits. "
+        "`sparse step` is a training step on one from hidden states, forward KL with the tail, forward and "
+        "backward; its yardstick is the student's three products."
+    ),
+    header=SPARSE_HEADER,
+    lines=sparse_lines,
+    run=run_bench,
+)

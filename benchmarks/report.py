@@ -7,20 +7,13 @@ from typing import Any, Optional
 
 from record import Row
 from workloads import (
-    CACHE,
-    CACHE_OVER_YARDSTICK,
     FLOOR,
     FLOOR_VOCAB_MAJOR,
     HEAD,
-    SPARSE,
-    SPARSE_OVER_FLOOR,
-    SPARSE_SPEEDUP,
     TARGET_OVERHEAD_BYTES,
     TARGET_SPEEDUP,
     WORKSPACE_BYTES,
-    CacheSize,
     Shape,
-    SparseSize,
     target_ratio,
 )
 
@@ -175,95 +168,6 @@ def rows_text(rows: Iterable[Row]) -> str:
         for row in rows
     ]
     return aligned(header, lines)
-
-
-SPARSE_HEADER = (
-    "what",
-    "size",
-    "dtype",
-    "provider",
-    "median [p20 .. p80]",
-    "x yardstick",
-    "worst error",
-    "targets",
-)
-
-
-def sparse_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """One line per provider; the first of each case is what the others are measured against."""
-    rows = list(rows)
-    lines = []
-    for case in cases(rows).values():
-        plain = median(case.get("torch"))
-        for row in case.values():
-            what, mine = row["case"]["what"], median(row)
-            width = f", D = {row['case']['width']}" if row["case"]["width"] else ""
-            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
-            if row["provider"] in OURS and mine is not None and sparse_size(row) == SPARSE[what]:
-                judged = []
-                limit, over = SPARSE_OVER_FLOOR.get(what), median(row, "ratio_floor")
-                if limit is not None and over is not None:
-                    judged.append(f"{'pass' if over <= limit else 'FAIL'} floor <= {limit:g}")
-                wanted = SPARSE_SPEEDUP.get((what, row["case"]["dtype"]))
-                if wanted is not None and plain is not None:
-                    judged.append(f"{'pass' if plain / mine >= wanted else 'FAIL'} torch >= {wanted:g}x")
-                note = "; ".join(judged)
-            size = f"{row['case']['tokens']} x {row['case']['vocab']}, K = {row['case']['k']}{width}"
-            error = row.get("error") or {}
-            lines.append(
-                (
-                    what, size, row["case"]["dtype"], row["provider"], spread(row, "seconds", seconds),
-                    ratio(median(row, "ratio_floor")), f"{error['worst']:.1e}" if error else "", note,
-                )
-            )  # fmt: skip
-    return lines
-
-
-def sparse_size(row: Row) -> SparseSize:
-    case = row["case"]
-    return SparseSize(case["tokens"], case["vocab"], case["k"], case["width"])
-
-
-def sparse_text(rows: Iterable[Row]) -> str:
-    return aligned(SPARSE_HEADER, sparse_lines(rows))
-
-
-CACHE_HEADER = (
-    "what", "size", "saved", "bytes / token", "provider", "median [p20 .. p80]", "GB/s", "x yardstick",
-    "targets",
-)  # fmt: skip
-
-
-def cache_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """One line per provider; the first of each case is what the others are measured against."""
-    lines = []
-    for row in rows:
-        size = CacheSize(**{name: x for name, x in row["case"].items() if name != "threads"})
-        over, limit = median(row, "ratio_floor"), CACHE_OVER_YARDSTICK[size.what]
-        note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
-        if row["provider"] == "kd" and over is not None and size in CACHE:
-            note = f"{'pass' if over <= limit else 'FAIL'} <= {limit:g}"
-        width = f", step of 2 x {size.length}, D = {size.width}" if size.width else ""
-        kept = [f"K = {size.k}, {size.dtype}"] if size.k else []
-        kept += [f"{size.samples} draws"] if size.samples else []
-        lines.append(
-            (
-                size.what,
-                f"{size.sequences} x {size.length} x {size.vocab}{width}",
-                ", ".join(kept),
-                f"{row['bytes_per_token']:.1f}" if "bytes_per_token" in row else "",
-                row["provider"],
-                spread(row, "seconds", seconds),
-                f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
-                "" if over is None else f"{over:.2g}",
-                note,
-            )
-        )
-    return lines
-
-
-def cache_text(rows: Iterable[Row]) -> str:
-    return aligned(CACHE_HEADER, cache_lines(rows))
 
 
 def scaling_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """``make bench``: runs the benchmarks, prints their tables, writes the result files.
 
-    python benchmarks/run.py                      # the main table, row kernels, saved teachers, caches
+    python benchmarks/run.py                      # all but scaling: the main table, the row kernels, ...
     python benchmarks/run.py --full               # also scaling, and the memory of every objective
     python benchmarks/run.py --quick              # tiny shapes in seconds, nothing written: a smoke test
     python benchmarks/run.py --fill-in-memory     # the peak memory that an earlier run left out
@@ -18,16 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-import bench_cache
 import bench_head
 import bench_rows
 import bench_scaling
-import bench_sparse
 import report
+from benches import BENCHES
 from record import RESULTS, Row
-from workloads import CACHE, CACHE_QUICK, HEAD, QUICK, SPARSE, SPARSE_QUICK
+from workloads import HEAD, QUICK
 
-BENCHES = ("head", "rows", "sparse", "cache", "scaling")
+NAMES = ("head", "rows", *(bench.name for bench in BENCHES), "scaling")
 
 
 def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -37,7 +36,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="tiny shapes, no compilers, no files")
     size.add_argument("--full", action="store_true", help="every benchmark, memory of every objective")
-    parser.add_argument("--bench", action="append", choices=BENCHES, help="which (repeatable)")
+    parser.add_argument("--bench", action="append", choices=NAMES, help="which (repeatable)")
     parser.add_argument("--only", action="append", metavar="OBJECTIVE", help="objectives (repeatable)")
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="dtypes (repeatable)")
     parser.add_argument("--provider", action="append", help="providers by name (repeatable)")
@@ -59,7 +58,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         rows = bench_head.fill_in_memory(options.results, options.only)
         show("Peak memory, filled in", report.head_text(rows), rows)
         return 0
-    benches = options.bench or (BENCHES if options.full or options.quick else BENCHES[:-1])
+    benches = options.bench or (NAMES if options.full or options.quick else NAMES[:-1])
     results = None if options.quick else options.results
     # A second thread that has to share its core waits at every barrier for milliseconds: quick runs, which
     # go beside other work, take one.
@@ -94,21 +93,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         shape = QUICK if options.quick else bench_rows.ROWS
         rows = bench_rows.run(results, shape=shape, compiling=not options.quick, **common)
         show("Row kernel alone: logits in, loss and gradient out", report.rows_text(rows), rows)
-    if "sparse" in benches:
-        del common["only"]
-        sizes = SPARSE_QUICK if options.quick else SPARSE
-        rows = bench_sparse.run(results, sizes=sizes, compiling=not options.quick, **common)
-        show("Saved teachers: writing one, training from one", report.sparse_text(rows), rows)
-        common["only"] = options.only
-    if "cache" in benches:
-        rows = bench_cache.run(
-            results,
-            sizes=CACHE_QUICK if options.quick else CACHE,
-            rounds=rounds,
-            threads=threads,
-            reject=reject,
-        )
-        show("Teachers on disk: reading, and loading for a step", report.cache_text(rows), rows)
+    for bench in BENCHES:
+        if bench.name in benches:
+            timing = {name: common[name] for name in ("rounds", "threads", "dtypes", "reject")}
+            rows = bench.run(results, quick=options.quick, **timing)
+            show(bench.title, report.aligned(bench.header, bench.lines(rows)), rows)
     if "scaling" in benches:
         rows = bench_scaling.run(
             results,

@@ -8,20 +8,20 @@ their target or lose to a peer stand in the same rows as the rest.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
+from benches import BENCHES
 from record import RESULTS, ROOT, Row, read_all
+from registry import Bench
 from report import (
-    CACHE_HEADER,
     OURS,
     SCALING_HEADER,
-    SPARSE_HEADER,
     absence,
     best_peer,
-    cache_lines,
     cases,
     mebibytes,
     median,
@@ -29,7 +29,6 @@ from report import (
     ratio,
     scaling_lines,
     seconds,
-    sparse_lines,
     verdicts,
 )
 from workloads import FLOOR
@@ -151,23 +150,8 @@ def rows_markdown(rows: Sequence[Row]) -> str:
     )
 
 
-def sparse_markdown(rows: Sequence[Row]) -> str:
-    return (
-        "Saved teachers. `topk` writes one from existing logits: the K largest, log-sum-exp, entropy, tail "
-        "mass, and the rank and log-probability of a target; its yardstick is one read of the logits. "
-        "`sparse step` is a training step on one from hidden states, forward KL with the tail, forward and "
-        "backward; its yardstick is the student's three products.\n\n"
-        + markdown(SPARSE_HEADER, sparse_lines(rows))
-    )
-
-
-def cache_markdown(rows: Sequence[Row]) -> str:
-    return (
-        "Teachers on disk. `read` takes every sequence of a cache in random order, checked before (`kd`) or "
-        "in the same pass (`kd, first`); its yardstick reads the same files whole into one buffer, all from "
-        "a warm page cache. `loader` is a batch from a DataLoader without workers; its "
-        "yardstick is the training step that it is for.\n\n" + markdown(CACHE_HEADER, cache_lines(rows))
-    )
+def bench_markdown(bench: Bench, rows: Sequence[Row]) -> str:
+    return bench.about + "\n\n" + markdown(bench.header, bench.lines(rows))
 
 
 def scaling_markdown(rows: Sequence[Row]) -> str:
@@ -184,8 +168,7 @@ def readme_section(results: Path = RESULTS) -> str:
         ("head", head_markdown),
         ("head", memory_markdown),
         ("rows", rows_markdown),
-        ("sparse", sparse_markdown),
-        ("cache", cache_markdown),
+        *((bench.name, functools.partial(bench_markdown, bench)) for bench in BENCHES),
         ("scaling", scaling_markdown),
     )
     machines = read_all(results)

@@ -4,6 +4,7 @@
 #include "gather.h"
 #include "gemm.h"
 #include "row_divergence.h"
+#include "sorted_l1.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -11,7 +12,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change to this file's signatures; kd_kernels/native.py compares.
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -101,6 +102,36 @@ void def_gather(py::module_& module) {
   module.def("gather", &kd::gather, py::arg("args"), py::arg("phases"), py::call_guard<py::gil_scoped_release>());
 }
 
+void def_sorted_l1(py::module_& module) {
+  using kd::SortedL1, kd::SortedSide;
+  py::class_<SortedSide> side(module, "SortedSide");
+  side.def(py::init<>());
+  side.def_readwrite("logits", &SortedSide::logits);
+  side.def_readwrite("vocab", &SortedSide::vocab);
+  def_pointer(side, "max", &SortedSide::max);
+  def_pointer(side, "logz", &SortedSide::logz);
+  def_pointer(side, "mass", &SortedSide::mass);
+  def_pointer(side, "sum", &SortedSide::sum);
+
+  py::class_<SortedL1> args(module, "SortedL1");
+  args.def(py::init<>());
+  args.def_readwrite("n", &SortedL1::n);
+  args.def_readwrite("student", &SortedL1::student);
+  args.def_readwrite("teacher", &SortedL1::teacher);
+  def_pointer(args, "soft_weight", &SortedL1::soft_weight);
+  def_pointer(args, "loss", &SortedL1::loss);
+  def_pointer(args, "hard_weight", &SortedL1::hard_weight);
+  def_pointer(args, "hard_logz", &SortedL1::hard_logz);
+  def_pointer(args, "labels", &SortedL1::labels);
+  args.def_readwrite("threads", &SortedL1::threads);
+  args.def_property(
+      "scratch", [](const SortedL1& self) { return reinterpret_cast<uintptr_t>(self.scratch); },
+      [](SortedL1& self, uintptr_t address) { self.scratch = pointer<void>(address); });
+
+  module.def("sorted_l1_scratch", &kd::sorted_l1_scratch, py::arg("args"));
+  module.def("sorted_l1", &kd::sorted_l1, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+}
+
 void def_topk(py::module_& module) {
   using kd::Topk;
   py::class_<Topk> args(module, "Topk");
@@ -159,6 +190,7 @@ PYBIND11_MODULE(_native, module) {
   def_side(module);
   def_row_divergence(module);
   def_gather(module);
+  def_sorted_l1(module);
   def_topk(module);
   def_gemm(module);
 

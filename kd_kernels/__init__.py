@@ -11,6 +11,7 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "triton_kernels").exists() and (_here.parent / "triton_kernels").exists():
     __path__.append(str(_here.parent))
 
+from kd_kernels.alignment import Alignment, align_tokens, answer_rows, byte_groups  # noqa: E402
 from kd_kernels.backends import BackendUnavailable  # noqa: E402
 from kd_kernels.cache import CacheError, CacheWriter, TeacherCache, TeacherRecord  # noqa: E402
 from kd_kernels.calibration import Calibration, calibration  # noqa: E402
@@ -26,6 +27,7 @@ from kd_kernels.objectives import (  # noqa: E402
     ReverseKL,
     SkewKL,
     SkewReverseKL,
+    SortedWasserstein,
     TotalVariation,
     WeightedKL,
 )
@@ -36,6 +38,7 @@ from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
     "CATALOGUE",
+    "Alignment",
     "BackendUnavailable",
     "CacheError",
     "CacheWriter",
@@ -54,6 +57,7 @@ __all__ = [
     "Scores",
     "SkewKL",
     "SkewReverseKL",
+    "SortedWasserstein",
     "SparseTarget",
     "TeacherCache",
     "TeacherRecord",
@@ -61,6 +65,9 @@ __all__ = [
     "TotalVariation",
     "WeightedKL",
     "__version__",
+    "align_tokens",
+    "answer_rows",
+    "byte_groups",
     "calibration",
     "distill",
     "last_hidden_state",

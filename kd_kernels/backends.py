@@ -16,6 +16,7 @@ import torch
 from kd_kernels import native, triton_runtime
 from kd_kernels.reference.gather import gather as reference_gather
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
+from kd_kernels.reference.sorted_l1 import sorted_l1 as reference_sorted_l1
 from kd_kernels.reference.topk import topk as reference_topk
 
 RowKernel = Callable[..., None]  # (job, phases), or (job) where there is one phase
@@ -51,6 +52,13 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_runtime.gather, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_gather, lambda device: []),
+    },
+    "sorted_l1": {
+        "cpu": (native.sorted_l1, _cpu_objections),
+        # torch.sort is the well-kept sort of a GPU.
+        "triton": (reference_sorted_l1, triton_runtime.why_not),
+        "cuda": (None, _not_built),
+        "reference": (reference_sorted_l1, lambda device: []),
     },
     "topk": {
         "cpu": (native.topk, _cpu_objections),

@@ -24,7 +24,7 @@ from kd_kernels.arguments import (
     valid_tokens,
 )
 from kd_kernels.backends import BackendUnavailable
-from kd_kernels.objectives import Objective
+from kd_kernels.objectives import Objective, SortedWasserstein
 from kd_kernels.ops.row_divergence import row_divergence
 from kd_kernels.regather import gathers_of, regathering_row_divergence
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
@@ -48,6 +48,8 @@ class Parts(NamedTuple):
     """Entropy in nats of the teacher's distribution at its temperature."""
     valid_tokens: Tensor
     """0-d int64: how many tokens count."""
+    error_bound: Tensor
+    """By how much ``soft`` may be too small, of ``SortedWasserstein(top_k=)``; 0 for all else."""
 
 
 def distill(
@@ -127,10 +129,13 @@ def distill(
     _check_options(objective, reduction, num_items, vocab)
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes, logits_dtype)
     lead, device = student.leading_shape, student.tensors()[0].device
-    check_sources(student, teacher, vocab)
+    ranked = isinstance(objective, SortedWasserstein)
+    check_sources(student, teacher, "truncate" if ranked else vocab)
     gathers = gathers_of(student, teacher)  # before the sources are rebuilt without them
     sparse = isinstance(teacher, SparseTarget)
     if sparse:
+        if ranked:
+            _check_ranked_target(objective, teacher)
         if teacher_grad:
             raise ValueError("teacher_grad=True needs a teacher with gradients; a SparseTarget is a constant")
         teacher.check_temperature(temperature if teacher_temperature is None else teacher_temperature)
@@ -165,7 +170,7 @@ def distill(
     run = row_divergence
     if deferred and any(gathers):
         run = functools.partial(regathering_row_divergence, gathers)
-    loss, terms, *_ = run(
+    loss, terms, statistics, *_ = run(
         *tensors,
         *(named if sparse else (None, None, "")),
         valid,
@@ -187,7 +192,11 @@ def distill(
         return_parts,
         unreduced,
         deferred,
+        objective.top_k,
     )
+    if ranked:
+        per_token_weight = (x for x in (weight, t_s**2 if temperature_squared else None) if x is not None)
+        loss = _through_masses(loss, objective, statistics, soft_weight, list(per_token_weight))
     if unreduced:
         loss = loss.reshape(lead)
     elif reduction == "mean":
@@ -197,7 +206,26 @@ def distill(
     if not return_parts:
         return loss
     columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
-    return loss, Parts(*columns, valid_tokens=count(valid, lead, device))
+    bound = torch.zeros_like(columns[R.SOFT])
+    if objective.top_k is not None:
+        bound = statistics[:, R.ERROR_BOUND].detach().to(terms.dtype).reshape(lead)
+    return loss, Parts(*columns, valid_tokens=count(valid, lead, device), error_bound=bound)
+
+
+def _through_masses(
+    loss: Tensor, objective: SortedWasserstein, statistics: Tensor, soft_weight: float, weights: list[Tensor]
+) -> Tensor:
+    """``loss``, with the way back to the log masses: the op gave their gradients with its statistics."""
+    for mass, column in zip(objective.masses(), (R.SUM_STUDENT, R.SUM_TEACHER)):
+        if not isinstance(mass, Tensor) or not mass.requires_grad or not torch.is_grad_enabled():
+            continue
+        gradient = soft_weight * statistics[:, column].detach()
+        for weight in weights:
+            gradient = torch.where(weight == 0, 0.0, gradient * weight)
+        wide = mass.reshape(-1).to(torch.float64)
+        term = (gradient * (wide - wide.detach())).to(loss.dtype)  # 0, but for its gradient
+        loss = loss + (term if loss.dim() else term.sum())
+    return loss
 
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -262,6 +290,20 @@ def _check_options(objective: Objective, reduction: str, num_items: Optional[Sca
         raise ValueError(f"num_items must be > 0, got {num_items}")
     if vocab not in ("error", "truncate"):
         raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
+
+
+def _check_ranked_target(objective: SortedWasserstein, teacher: SparseTarget) -> None:
+    k = teacher.ids.shape[-1]
+    if objective.top_k is None or objective.top_k > k:
+        raise ValueError(
+            f"SortedWasserstein(top_k={objective.top_k}) against a SparseTarget of {k} ids: pass a top_k of "
+            f"at most {k}; the exact value (None) needs the teacher's whole distribution"
+        )
+    if teacher.missing != "tail":
+        raise ValueError(
+            f'SortedWasserstein needs a SparseTarget with missing="tail", got {teacher.missing!r}: what is '
+            f"known of the other tokens is their mass"
+        )
 
 
 def _check_types(

@@ -11,12 +11,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import GatherJob, RowJob, Rows, TopkJob
+from kd_kernels.rows import GatherJob, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-_ABI_VERSION = 3  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_ABI_VERSION = 4  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
 _REBUILD = "run `pip install .` in the source tree with a C++ compiler"
 
 
@@ -98,6 +98,29 @@ def gather(job: GatherJob, phases: int) -> None:
     args.hard_weight, args.at_ids = _address(job.hard_weight), _address(job.at_ids)
     args.threads = torch.get_num_threads()
     native.gather(args, phases)
+
+
+def _sorted_side(side: SortedSide):
+    args = module().SortedSide()
+    args.logits, args.vocab = _side(side.rows), side.vocab
+    args.max, args.logz, args.mass = side.max.data_ptr(), side.logz.data_ptr(), side.mass.data_ptr()
+    args.sum = side.sum.data_ptr()
+    return args
+
+
+def sorted_l1(job: SortedL1Job) -> None:
+    """:func:`kd_kernels.reference.sorted_l1`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.SortedL1()
+    args.n = job.n
+    args.student, args.teacher = _sorted_side(job.student), _sorted_side(job.teacher)
+    args.soft_weight, args.loss = job.soft_weight.data_ptr(), job.loss.data_ptr()
+    args.hard_weight, args.hard_logz = _address(job.hard_weight), _address(job.hard_logz)
+    args.labels = _address(job.labels)
+    args.threads = min(torch.get_num_threads(), max(job.n, 1))
+    scratch = torch.empty(args.threads * native.sorted_l1_scratch(args), dtype=torch.uint8)
+    args.scratch = scratch.data_ptr()
+    native.sorted_l1(args)
 
 
 def topk(job: TopkJob) -> None:

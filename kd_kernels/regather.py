@@ -99,7 +99,7 @@ def regathering_logprobs(gathers: list[Optional[Gather]], *arguments: Any) -> tu
 
 def _divergence(*arguments: Any) -> tuple[Sequence[Tensor], ...]:
     loss, terms, statistics, *_ = row_divergence(*arguments)
-    return [loss], [terms], [statistics]
+    return [loss], [terms, statistics], [statistics]
 
 
 def _divergence_backward(upstream: Upstream, made: Sequence[Tensor], arguments: list[Any]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The row kernels' contracts, as csrc/*.h state them for the compiled backends.
 
 A driver fills a job; every backend's ``row_divergence(job, phases)``, ``gather(job, phases)`` and
-``topk(job)`` reads and writes the job's tensors in place and returns nothing.
+``topk(job)`` and ``sorted_l1(job)`` reads and writes the job's tensors in place and returns nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MAX_STUDENT, LOGZ_STUDENT, MAX_TEACHER, LOGZ_TEACHER, LOGZ_HARD, SUM_STUDENT, SU
 # Sums of q and of p as computed: 1 up to rounding, which the gradient divides out of SUM_*.
 MASS_STUDENT, MASS_TEACHER = 8, 9
 STATISTIC_COLUMNS = 10
+# The sorted L1, whose SUM_* are dL/d log mass, keeps here by how much its top-K form may be too small.
+ERROR_BOUND = MASS_TEACHER
 # Columns of ``terms`` [n, 4] float64, unweighted.
 SOFT, HARD, STUDENT_ENTROPY, TEACHER_ENTROPY = range(4)
 TERM_COLUMNS = 4
@@ -117,6 +119,38 @@ class GatherJob:
     slope: Optional[Tensor] = None  # [n] float64; None: 0
     hard_weight: Optional[Tensor] = None  # [n] float64
     at_ids: Optional[Tensor] = None  # [n, K] float64
+
+
+@dataclass
+class SortedSide:
+    """One model's end of a sorted L1."""
+
+    rows: Rows  # row-major
+    vocab: int
+    max: Tensor  # [n] float64: the largest z, the logit after scale and softcap
+    logz: Tensor  # [n] float64: log sum exp((z - max) / temperature)
+    mass: Tensor  # [n] float64 > 0: what the row's probabilities sum to
+    sum: Tensor  # [n] float64, out: dL/d log mass
+
+
+@dataclass
+class SortedL1Job:
+    """One call of the sorted-L1 kernel: ``sum_k |p_(k) - q_(k)|`` of each row, both in descending order, the
+    shorter filled up with zeros; and, where a side's rows have a ``grad``, the gradient of the raw logits.
+
+    Equal probabilities stand in the order of their ids, and sign(0) = 0. A row whose max or logz is not
+    finite on either side has NaN for loss, sums and gradients.
+    """
+
+    n: int
+    student: SortedSide
+    teacher: SortedSide
+    soft_weight: Tensor  # [n] float64: of both gradients; 0 silences them, whatever the row holds
+    loss: Tensor  # [n] float64, out: unweighted
+    # hard_weight times the gradient of the student's cross-entropy at temperature 1 is added.
+    hard_weight: Optional[Tensor] = None  # [n] float64; 0 silences it; None: none
+    hard_logz: Optional[Tensor] = None  # [n] float64: log sum exp(z - max)
+    labels: Optional[Tensor] = None  # [n] int64; never read where out of range
 
 
 # Columns of a topk's ``statistics`` [n, 1 + 3 M] float64: the largest logit, then for each temperature

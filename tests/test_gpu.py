@@ -50,6 +50,16 @@ def test_sources_and_dtypes(objective, kinds, dtype):
         compare(batch, student, teacher, objective, "triton", compact=compact, **SMALL, **options)
 
 
+@pytest.mark.parametrize("k", [None, 7])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_sorted_l1(k, option):
+    """Vocabularies of two sizes: torch.sort for the exact form, the topk and gather kernels for the top K."""
+    batch = GpuBatch(seed=1)
+    student = batch.source("student", "head", torch.float32)
+    teacher = GpuBatch(vocab=131, seed=2).source("teacher", "head", torch.float32)
+    compare(batch, student, teacher, kd.SortedWasserstein(top_k=k), "triton", **OPTIONS[option](batch))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(objective, option):

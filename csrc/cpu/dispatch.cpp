@@ -11,10 +11,12 @@ struct InstructionSet {
   const char* name;
   decltype(&baseline::gather) gather;
   decltype(&baseline::row_divergence) row_divergence;
+  decltype(&baseline::sorted_l1) sorted_l1;
+  decltype(&baseline::sorted_l1_scratch) sorted_l1_scratch;
   decltype(&baseline::topk) topk;
 };
 #define KD_INSTRUCTION_SET(isa) \
-  InstructionSet { #isa, isa::gather, isa::row_divergence, isa::topk }
+  InstructionSet { #isa, isa::gather, isa::row_divergence, isa::sorted_l1, isa::sorted_l1_scratch, isa::topk }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -45,6 +47,12 @@ void gather(const Gather& args, unsigned phases) {
 void row_divergence(const RowDivergence& args, unsigned phases) {
   if (args.n > 0) chosen().row_divergence(args, phases);
 }
+
+void sorted_l1(const SortedL1& args) {
+  if (args.n > 0) chosen().sorted_l1(args);
+}
+
+int64_t sorted_l1_scratch(const SortedL1& args) { return chosen().sorted_l1_scratch(args); }
 
 void topk(const Topk& args) {
   if (args.n > 0) chosen().topk(args);

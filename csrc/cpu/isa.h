@@ -2,6 +2,7 @@
 #pragma once
 #include "../gather.h"
 #include "../row_divergence.h"
+#include "../sorted_l1.h"
 #include "../topk.h"
 
 namespace kd {
@@ -9,6 +10,8 @@ namespace kd {
   namespace isa {                                                  \
   void gather(const Gather& args, unsigned phases);                \
   void row_divergence(const RowDivergence& args, unsigned phases); \
+  void sorted_l1(const SortedL1& args);                            \
+  int64_t sorted_l1_scratch(const SortedL1& args);                 \
   void topk(const Topk& args);                                     \
   }
 

@@ -22,7 +22,7 @@ from kd_kernels.backends import TABLE
 from kd_kernels.cli import selftest_rows as one_model
 from kd_kernels.cli.common import DTYPES, Progress, UsageError, device, devices, emit, need_device
 from kd_kernels.distill import distill
-from kd_kernels.objectives import CATALOGUE, Objective
+from kd_kernels.objectives import CATALOGUE, Objective, SortedWasserstein
 from kd_kernels.reference import dense_distill
 from kd_kernels.sources import Head, Logits
 
@@ -146,10 +146,20 @@ def relative(x: Tensor, exact: Tensor) -> float:
 
 def check_row_divergence(places: list[tuple[str, str]], seed: int) -> Iterator[Check]:
     """All objectives x dtypes x sources x reductions, at each (device, backend)."""
-    for name, dtype, sources, reduction in itertools.product(CATALOGUE, DTYPES, SOURCES, REDUCTIONS):
-        problem = DivergenceProblem(CATALOGUE[name](), DTYPES[dtype], sources, reduction, seed)
+    return _divergences("row_divergence", CATALOGUE, places, seed)
+
+
+def check_sorted_l1(places: list[tuple[str, str]], seed: int) -> Iterator[Check]:
+    return _divergences("sorted_l1", {SortedWasserstein.name: SortedWasserstein}, places, seed)
+
+
+def _divergences(
+    op: str, objectives: dict[str, type[Objective]], places: list[tuple[str, str]], seed: int
+) -> Iterator[Check]:
+    for name, dtype, sources, reduction in itertools.product(objectives, DTYPES, SOURCES, REDUCTIONS):
+        problem = DivergenceProblem(objectives[name](), DTYPES[dtype], sources, reduction, seed)
         for where, backend in places:
-            check = Check("row_divergence", where, backend, name, dtype, sources, reduction)
+            check = Check(op, where, backend, name, dtype, sources, reduction)
             try:
                 error, worst = problem.worst(where, backend)
                 yield dataclasses.replace(check, error=error, worst=worst)
@@ -180,6 +190,7 @@ def _one_model(op: str, places: list[tuple[str, str]], seed: int) -> Iterator[Ch
 # op -> (its checks, how many per place). A test fails while an op of backends.TABLE is missing here.
 CHECKS: dict[str, tuple[Callable[[list[tuple[str, str]], int], Iterator[Check]], int]] = {
     "row_divergence": (check_row_divergence, len(CATALOGUE) * len(DTYPES) * len(SOURCES) * len(REDUCTIONS)),
+    "sorted_l1": (check_sorted_l1, len(DTYPES) * len(SOURCES) * len(REDUCTIONS)),
     **{
         op: (functools.partial(_one_model, op), len(checks) * len(DTYPES) * len(one_model.KINDS))
         for op, checks in one_model.CHECKS.items()

@@ -18,10 +18,13 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, RowKernel, pick
 from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, side_of
+from kd_kernels.drivers.sorted_l1 import RankedSide, exact_divergence, topk_divergence
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
 from kd_kernels.drivers.tokens import spread
 from kd_kernels.drivers.workspace import borrow, footprint
+from kd_kernels.reference.sorted_l1 import WORKING_BYTES
 
+SORTED_L1 = "sorted_wasserstein"
 CPU_WORKSPACE = 256 << 20
 # On a GPU a share of its memory, within these bounds.
 GPU_SHARE, GPU_LEAST, GPU_MOST = 32, 256 << 20, 4 << 30
@@ -53,12 +56,22 @@ class Problem:
     backend: Optional[str]
     workspace_bytes: Optional[int]
     target: Optional[Target] = None  # a sparse teacher, in the place of ``teacher``
+    top_k: Optional[int] = None  # of the sorted L1; None: exact
+
+    @property
+    def is_sorted(self) -> bool:
+        """The sorted L1, which compares vocabularies of any two sizes."""
+        return self.objective == SORTED_L1
 
     @property
     def vocab(self) -> int:
-        if self.target is not None:
+        if self.target is not None or self.is_sorted:
             return self.student.vocab_size
         return min(self.student.vocab_size, self.teacher.vocab_size)
+
+    @property
+    def teacher_vocab(self) -> int:
+        return self.teacher.vocab_size if self.is_sorted and self.target is None else self.vocab
 
     @property
     def tokens(self) -> int:
@@ -90,7 +103,7 @@ class Arrangement:
     """How a call is cut."""
 
     student: Union[HeadSide, LogitsSide]
-    teacher: Union[HeadSide, LogitsSide, SparseSide]
+    teacher: Union[HeadSide, LogitsSide, SparseSide, RankedSide]
     rows: int  # tokens per chunk; the last may have fewer
     workspace_bytes: int
 
@@ -99,21 +112,31 @@ def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement
     """The two sides and the chunk size of a call that ``backend`` serves on ``device``."""
     # Where both models project, the chunk's layout is ours to choose. Logits that exist are rows.
     both_project = problem.student.is_head and (problem.teacher.is_head or problem.target is not None)
-    vocabulary_major = both_project and backend in VOCABULARY_MAJOR
+    vocabulary_major = both_project and backend in VOCABULARY_MAJOR and not problem.is_sorted
 
-    def side(model: Model) -> Union[HeadSide, LogitsSide]:
+    def side(model: Model, vocab: int) -> Union[HeadSide, LogitsSide]:
         dtypes = problem.compute_dtype, problem.logits_dtype
-        scratch = problem.target is not None and backend in OVERWRITES
-        return side_of(model, problem.vocab, problem.rows, problem.kept, *dtypes, vocabulary_major, scratch)
+        scratch = (problem.target is not None or problem.top_k is not None) and backend in OVERWRITES
+        return side_of(model, vocab, problem.rows, problem.kept, *dtypes, vocabulary_major, scratch)
 
-    student = side(problem.student)
+    student = side(problem.student, problem.vocab)
     if problem.target is None:
-        teacher = side(problem.teacher)
+        teacher = side(problem.teacher, problem.teacher_vocab)
+    elif problem.top_k is not None:
+        teacher = RankedSide(problem.target, problem.rows, problem.top_k)
     else:
         labels = None if problem.hard_weight is None else problem.labels
         teacher = SparseSide(problem.target, labels, problem.rows, problem.vocab)
+    vocab = max(problem.vocab, problem.teacher_vocab)
+    sorts = problem.is_sorted and problem.top_k is None and backend != "cpu"
     rows, size = cut(
-        (student, teacher), problem.walked, problem.vocab, device, problem.workspace_bytes, vocabulary_major
+        (student, teacher),
+        problem.walked,
+        vocab,
+        device,
+        problem.workspace_bytes,
+        vocabulary_major,
+        WORKING_BYTES if sorts else 0,
     )
     return Arrangement(student, teacher, rows, size)
 
@@ -194,12 +217,41 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
 
 
 def _row_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKernel]:
+    if problem.is_sorted:
+        return _sorted_kernel(problem, device)
     name, kernel = pick("row_divergence", device, problem.backend)
     if problem.target is None:
         return name, kernel
     return name, functools.partial(
         sparse_divergence, gather=pick("gather", device, name)[1], divergence=kernel
     )
+
+
+def _sorted_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKernel]:
+    vocab = problem.teacher_vocab
+    if problem.top_k is None:
+        name, kernel = pick("sorted_l1", device, problem.backend)
+        # One that overwrites logits would spoil what is to be sorted.
+        gather = pick("gather", device, "reference" if name in OVERWRITES else name)[1]
+        return name, functools.partial(exact_divergence, teacher_vocab=vocab, gather=gather, sorted_l1=kernel)
+    name, topk = pick("topk", device, problem.backend)
+    return name, functools.partial(
+        topk_divergence,
+        teacher_vocab=vocab,
+        top_k=problem.top_k,
+        temperatures=tuple(_uniform(m.temperature, device) for m in (problem.student, problem.teacher)),
+        topk=topk,
+        gather=pick("gather", device, name)[1],
+    )
+
+
+def _uniform(temperature: Tensor, device: torch.device) -> Optional[Tensor]:
+    """``[1]`` on the device, of a temperature that all rows have; None where each has its own."""
+    if temperature.dim():
+        return None
+    if temperature.device == device:
+        return temperature.to(torch.float64).reshape(1)
+    return torch.full((1,), temperature.item(), dtype=torch.float64, device=device)
 
 
 def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_t: Tensor) -> Tensor:
@@ -229,14 +281,16 @@ def power_of_two(top: Tensor) -> Tensor:
 
 
 def cut(
-    sides: Sequence[Union[HeadSide, LogitsSide, SparseSide]],
+    sides: Sequence[Union[HeadSide, LogitsSide, SparseSide, RankedSide]],
     n: int,
     vocab: int,
     device: torch.device,
     workspace_bytes: Optional[int],
     vocabulary_major: bool = False,
+    beside: int = 0,
 ) -> tuple[int, int]:
-    """(tokens per chunk, bytes of workspace that they take) of a walk over n tokens."""
+    """(tokens per chunk, bytes of workspace that they take) of a walk over n tokens; ``beside`` is what a
+    kernel takes for itself meanwhile, in bytes per token and vocabulary entry."""
     itemsizes = [size for side in sides for size in side.buffer_itemsizes()]
 
     def room(tokens: int) -> int:
@@ -244,7 +298,15 @@ def cut(
         return sum(footprint(*shape, size) for size in itemsizes)
 
     budget = default_workspace(device) if workspace_bytes is None else workspace_bytes
-    rows = chunk_rows(n, vocab, itemsizes, budget, room, _GRANULE.get(device.type, 1))
+    counted = [*itemsizes, beside] if beside else itemsizes
+    rows = chunk_rows(
+        n,
+        vocab,
+        counted,
+        budget,
+        lambda tokens: room(tokens) + beside * vocab * tokens,
+        _GRANULE.get(device.type, 1),
+    )
     return rows, room(rows)
 
 

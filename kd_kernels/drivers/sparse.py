@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
-from kd_kernels.drivers.gathered import Gathered, new_job, with_last
+from kd_kernels.drivers.gathered import Gathered, Label, new_job, with_last
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.workspace import Workspace
 
@@ -112,7 +112,7 @@ def sparse_divergence(
     short, gain = _short_job(job, view, phases)
     divergence(short, phases if phases & R.GRADIENT == 0 else R.STATISTICS | R.TERMS | R.GRADIENT)
 
-    label = None if labels is None else _Label(view, labels)
+    label = None if labels is None else Label(view, labels)
     if phases & R.TERMS:
         # gain KL(t / gain || q) + gain log gain = sum t log(t / q)
         soft = short.terms[:, R.SOFT] * gain + torch.xlogy(gain, gain)
@@ -139,20 +139,6 @@ class _View(Gathered):
         self.rest = torch.logsumexp(with_last(self.label, self.others), 1)
 
 
-class _Label:
-    """The cross-entropy at temperature 1."""
-
-    def __init__(self, view: _View, labels: Tensor) -> None:
-        logz = view.found.statistics[:, R.OTHERS_LOGZ_HARD]
-        logits = with_last(view.below, view.others_below + logz)
-        self.log_q = logits - torch.logsumexp(logits, 1)[:, None]
-        self.is_label = (view.found.ids == labels[:, None]) & (view.found.ids >= 0)
-        at_label = torch.where(self.is_label, self.log_q[:, :-1], -_INF).amax(1)
-        # NaN for a label out of range, which has not been read.
-        self.known = self.is_label.any(1)
-        self.nll = torch.where(self.known, -at_label, torch.nan)
-
-
 def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tensor]:
     """The K + 1 outcomes as two rows of logits, and what their divergence is to be multiplied by."""
     target, n = view.target, job.n
@@ -164,10 +150,7 @@ def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tenso
     if target.missing == "tail":
         tail = target.log_tail
         if tail is None:
-            # Rounding takes the last digits of 1 - mass: not to be believed where it says 0, unless there is
-            # no other token.
-            tail = torch.log((1 - mass).clamp(min=_RESOLUTION))
-            tail = torch.where(rest == -_INF, -_INF, tail)
+            tail = torch.where(rest == -_INF, -_INF, implied_log_tail(mass))
 
     width = -(-(target.ids.shape[1] + 1) // _WIDTH) * _WIDTH
     offsets = torch.arange(n, device=mass.device) * width
@@ -202,8 +185,14 @@ def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tenso
     )
 
 
+def implied_log_tail(mass: Tensor) -> Tensor:
+    """Rounding takes the last digits of 1 - mass: not to be believed where it says 0, unless there is no
+    other token."""
+    return torch.log((1 - mass).clamp(min=_RESOLUTION))
+
+
 def _spread_gradient(
-    job: R.RowJob, found: R.GatherJob, view: _View, short: Tensor, label: Optional[_Label]
+    job: R.RowJob, found: R.GatherJob, view: _View, short: Tensor, label: Optional[Label]
 ) -> None:
     """From the gradient of the short row to the gather kernel's coefficients."""
     k = found.ids.shape[1]
@@ -218,9 +207,4 @@ def _spread_gradient(
     found.soft = torch.where(dead, 0.0, soft / view.temperature)[:, 0].contiguous()
     found.at_ids = torch.where(dead | (found.ids < 0), 0.0, at_ids / view.temperature)
     if label is not None:
-        weight = torch.where(label.known, job.hard_weight, job.hard_weight + torch.nan)
-        silent = (job.hard_weight == 0) & (label.known | (job.soft_weight == 0))
-        probability = label.log_q.exp()
-        found.hard_weight = torch.where(silent, 0.0, weight * probability[:, k])
-        own = weight[:, None] * (probability[:, :k] - label.is_label.to(probability.dtype))
-        found.at_ids += torch.where(silent[:, None] | (found.ids < 0), 0.0, own)
+        label.add_gradient(job.hard_weight, job.soft_weight)

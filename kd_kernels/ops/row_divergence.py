@@ -33,7 +33,7 @@ _CALL = """
     Tensor? labels, Tensor student_temperature, Tensor teacher_temperature, Tensor? token_weight,
     Tensor parameter0, Tensor parameter1, Tensor scalars, str objective, bool temperature_squared,
     ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes, bool compact,
-    bool[] needs, bool parts, bool per_token, bool deferred"""
+    bool[] needs, bool parts, bool per_token, bool deferred, int? top_k"""
 _ARGUMENTS = names(_CALL)
 _DIFFERENTIABLE = 6  # the first six
 _SOFT, _HARD = 4, 5  # in ``scalars``
@@ -63,9 +63,11 @@ def _check_values(problem: Problem, call: dict) -> None:
     ):
         if value is not None and not bool(torch.isfinite(of_counted(value)).all()):
             raise ValueError(f"{name} holds NaN or infinity")
-    CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
+    if not problem.is_sorted:
+        CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
     if problem.target is not None:
-        check_target(problem.target, of_counted, problem.vocab)
+        # The ids of a sorted teacher are of its own vocabulary, whose size nobody knows.
+        check_target(problem.target, of_counted, 2**31 - 1 if problem.is_sorted else problem.vocab)
     if problem.labels is not None:
         size = problem.student.vocab_size if problem.hard_weight is None else problem.vocab
         check_range("labels", of_counted(problem.labels), size, otherwise=IGNORED)
@@ -121,6 +123,7 @@ def _unpack(call: dict) -> Problem:
         backend=call["backend"],
         workspace_bytes=call["workspace_bytes"],
         target=_target(call),
+        top_k=call["top_k"],
     )
 
 
@@ -160,6 +163,7 @@ def row_divergence(*arguments):
         parts: fill the cross-entropy and entropy columns of the terms.
         per_token: return ``[N]`` losses instead of their sum.
         deferred: leave gradients to the backward pass.
+        top_k: of the sorted L1, whose vocabularies may differ; None: exact.
 
     Returns:
         loss (0-d or ``[N]``), terms ``[N, 4]``, statistics ``[N, 10]``, factor (0-d), and the six

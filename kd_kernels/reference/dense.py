@@ -5,12 +5,13 @@ Nothing here is shared with the kernels, so that a mistake cannot hide in both.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from kd_kernels.objectives import Objective, Weight
+from kd_kernels.objectives import Objective, SortedWasserstein, Weight
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher
 
 
@@ -45,6 +46,8 @@ def divergence(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor
         return torch.where(absent, -torch.inf, torch.logaddexp(share_p.log() + a, torch.log1p(-share_p) + b))
 
     name = objective.name
+    if isinstance(objective, SortedWasserstein):
+        return _sorted_l1(objective, q, p)
     if name == "jensen_shannon" and first in (0, 1):
         name = "forward_kl" if first == 0 else "reverse_kl"
     if name == "forward_kl":
@@ -63,6 +66,29 @@ def divergence(objective: Objective, student: Tensor, teacher: Tensor) -> Tensor
     if name == "weighted_kl":
         return _times(first, kl(p, lp, lq)) + _times(second, kl(q, lq, lp))
     raise ValueError(f"no reference for objective {objective.name!r}")
+
+
+def _sorted_l1(
+    objective: SortedWasserstein, q: Tensor, p: Tensor, p_beyond: Optional[Tensor] = None
+) -> Tensor:
+    """Of probabilities ``[..., V]``, the vocabularies being of any two sizes; ``p_beyond`` [...] is the
+    teacher's mass outside a ``p`` of a few entries."""
+    width = max(q.shape[-1], p.shape[-1])
+
+    def ranked(x: Tensor, log_mass: Weight) -> Tensor:
+        x = x.sort(dim=-1, descending=True, stable=True).values
+        return torch.nn.functional.pad(x, (0, width - x.shape[-1])) * _exp(log_mass, x)[..., None]
+
+    q, p = (ranked(x, log_mass) for x, log_mass in zip((q, p), objective.masses()))
+    k = width if objective.top_k is None else objective.top_k
+    tail_q, tail_p = q[..., k:].sum(-1), p[..., k:].sum(-1)
+    if p_beyond is not None:
+        tail_p = tail_p + p_beyond * _exp(objective.teacher_log_mass, p_beyond)
+    return (q - p)[..., :k].abs().sum(-1) + (tail_q - tail_p).abs()
+
+
+def _exp(log_mass: Weight, like: Tensor) -> Tensor:
+    return torch.as_tensor(log_mass, dtype=like.dtype, device=like.device).exp()
 
 
 def sparse_divergence(
@@ -92,6 +118,9 @@ def sparse_divergence(
         return divergence(objective, student, (p / p.sum(-1, keepdim=True)).log())
     if target.missing == "renorm_both":
         return divergence(objective, student.masked_fill(~named, -torch.inf), p.log())
+    if isinstance(objective, SortedWasserstein):
+        tail = 1 - p.sum(-1) if target.log_tail_mass is None else target.log_tail_mass.to(p.dtype).exp()
+        return _sorted_l1(objective, lq.exp(), p, tail)
     # The outcomes one after the other, and last the sum over the tokens that are not named.
     tail = (1 - p.sum(-1)).clamp(min=0).log() if target.log_tail_mass is None else target.log_tail_mass
     rest = lq.masked_fill(named, -torch.inf).logsumexp(-1)
@@ -160,6 +189,9 @@ def dense_distill(
     t_t = t_s if teacher_temperature is None else per_token(teacher_temperature)
     if objective.name == "weighted_kl":
         objective = type(objective)(*(per_token(x) for x in objective.parameters()))
+    if isinstance(objective, SortedWasserstein):
+        own, other = (per_token(x) for x in objective.masses())
+        objective = replace(objective, student_log_mass=own, teacher_log_mass=other)
     if sparse:
         tail = None if teacher.log_tail_mass is None else teacher.log_tail_mass[valid]
         target = SparseTarget(teacher.ids[valid], z_t, teacher.missing, teacher.temperature, tail)

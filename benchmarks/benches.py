@@ -1,0 +1,10 @@
+"""The benchmarks beside the main table, in the order in which their tables are shown."""
+
+from __future__ import annotations
+
+import bench_cache
+import bench_sorted
+import bench_sparse
+from registry import Bench
+
+BENCHES: tuple[Bench, ...] = (bench_sparse.BENCH, bench_cache.BENCH, bench_sorted.BENCH)
