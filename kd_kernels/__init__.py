@@ -28,6 +28,7 @@ from kd_kernels.objectives import (  # noqa: E402
     TotalVariation,
     WeightedKL,
 )
+from kd_kernels.relational import relational_angle, relational_distance  # noqa: E402
 from kd_kernels.score import ModelScore, PairScore, Scores, score  # noqa: E402
 from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
 from kd_kernels.topk import Ranks, TopK, linear_rank, linear_topk  # noqa: E402
@@ -63,6 +64,8 @@ __all__ = [
     "linear_rank",
     "linear_topk",
     "next_token_labels",
+    "relational_angle",
+    "relational_distance",
     "release_workspace",
     "score",
 ]

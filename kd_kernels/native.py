@@ -11,12 +11,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import GatherJob, RowJob, Rows, TopkJob
+from kd_kernels.rows import AngleJob, GatherJob, RowJob, Rows, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-_ABI_VERSION = 3  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_ABI_VERSION = 4  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
 _REBUILD = "run `pip install .` in the source tree with a C++ compiler"
 
 
@@ -115,6 +115,19 @@ def topk(job: TopkJob) -> None:
     args.samples = job.samples.data_ptr()
     args.threads = torch.get_num_threads()
     native.topk(args)
+
+
+def angle(job: AngleJob) -> None:
+    """:func:`kd_kernels.reference.angle`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.Angle()
+    args.n, args.ld, args.beta = job.n, job.student.stride(0), job.beta
+    args.student, args.student_inverse = job.student.data_ptr(), job.student_inverse.data_ptr()
+    args.teacher, args.teacher_inverse = job.teacher.data_ptr(), job.teacher_inverse.data_ptr()
+    args.sums = job.sums.data_ptr()
+    args.student_grad, args.teacher_grad = _address(job.student_grad), _address(job.teacher_grad)
+    args.threads = torch.get_num_threads()
+    native.angle(args)
 
 
 # --- bfloat16 products with a float32 result ---------------------------------------------------------
