@@ -286,7 +286,7 @@ def topk(job: TopkJob) -> None:
         )
 
 
-ANGLE_TILES = {"TILE": 16, "BLOCK": 32}
+ANGLE_TILES = {"TILE": 8, "BLOCK": 32}
 ANGLE_WARPS = 4
 
 
