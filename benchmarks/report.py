@@ -10,12 +10,15 @@ from workloads import (
     FLOOR,
     FLOOR_VOCAB_MAJOR,
     HEAD,
+    RELATIONAL,
+    RELATIONAL_SPEEDUP,
     SPARSE,
     SPARSE_OVER_FLOOR,
     SPARSE_SPEEDUP,
     TARGET_OVERHEAD_BYTES,
     TARGET_SPEEDUP,
     WORKSPACE_BYTES,
+    RelationalSize,
     Shape,
     SparseSize,
     target_ratio,
@@ -223,6 +226,34 @@ def sparse_size(row: Row) -> SparseSize:
 
 def sparse_text(rows: Iterable[Row]) -> str:
     return aligned(SPARSE_HEADER, sparse_lines(rows))
+
+
+RELATIONAL_HEADER = ("what", "size", "provider", "median [p20 .. p80]", "faster", "worst error", "targets")
+
+
+def relational_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """One line per provider; ``faster`` is how many times, than the published form."""
+    lines = []
+    for case in cases(rows).values():
+        for row in case.values():
+            what, over = row["case"]["what"], median(row, "ratio_floor")
+            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            size = RelationalSize(row["case"]["rows"], row["case"]["width"])
+            wanted = RELATIONAL_SPEEDUP.get(what)
+            if row["provider"] in OURS and over and wanted and size == RELATIONAL[what]:
+                note = f"{'pass' if 1 / over >= wanted else 'FAIL'} published >= {wanted:g}x"
+            error = row.get("error") or {}
+            lines.append(
+                (
+                    what, f"{size.rows} x {size.width}", row["provider"], spread(row, "seconds", seconds),
+                    ratio(1 / over if over else None), f"{error['worst']:.1e}" if error else "", note,
+                )
+            )  # fmt: skip
+    return lines
+
+
+def relational_text(rows: Iterable[Row]) -> str:
+    return aligned(RELATIONAL_HEADER, relational_lines(rows))
 
 
 def scaling_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:

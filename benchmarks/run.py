@@ -1,6 +1,6 @@
 """``make bench``: runs the benchmarks, prints their tables, writes the result files.
 
-    python benchmarks/run.py                      # the main table, the row kernels, sparse teachers
+    python benchmarks/run.py                      # all but scaling: the main table, rows, sparse, relational
     python benchmarks/run.py --full               # also scaling, and the memory of every objective
     python benchmarks/run.py --quick              # tiny shapes in seconds, nothing written: a smoke test
     python benchmarks/run.py --fill-in-memory     # the peak memory that an earlier run left out
@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Optional
 
 import bench_head
+import bench_relational
 import bench_rows
 import bench_scaling
 import bench_sparse
 import report
 from record import RESULTS, Row
-from workloads import HEAD, QUICK, SPARSE, SPARSE_QUICK
+from workloads import HEAD, QUICK, RELATIONAL, RELATIONAL_QUICK, SPARSE, SPARSE_QUICK
 
-BENCHES = ("head", "rows", "sparse", "scaling")
+BENCHES = ("head", "rows", "sparse", "relational", "scaling")
 
 
 def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -58,7 +59,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         rows = bench_head.fill_in_memory(options.results, options.only)
         show("Peak memory, filled in", report.head_text(rows), rows)
         return 0
-    benches = options.bench or (BENCHES if options.full or options.quick else ("head", "rows", "sparse"))
+    benches = options.bench or (
+        BENCHES if options.full or options.quick else ("head", "rows", "sparse", "relational")
+    )
     results = None if options.quick else options.results
     # A second thread that has to share its core waits at every barrier for milliseconds: quick runs, which
     # go beside other work, take one.
@@ -99,6 +102,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         rows = bench_sparse.run(results, sizes=sizes, compiling=not options.quick, **common)
         show("Saved teachers: writing one, training from one", report.sparse_text(rows), rows)
         common["only"] = options.only
+    if "relational" in benches:
+        rows = bench_relational.run(
+            results,
+            sizes=RELATIONAL_QUICK if options.quick else RELATIONAL,
+            rounds=rounds,
+            threads=threads,
+            compiling=not options.quick,
+            reject=reject,
+        )
+        show("Losses between points, against the published form", report.relational_text(rows), rows)
     if "scaling" in benches:
         rows = bench_scaling.run(
             results,

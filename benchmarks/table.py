@@ -16,6 +16,7 @@ from typing import Optional
 from record import RESULTS, ROOT, Row, read_all
 from report import (
     OURS,
+    RELATIONAL_HEADER,
     SCALING_HEADER,
     SPARSE_HEADER,
     absence,
@@ -25,6 +26,7 @@ from report import (
     median,
     provenance,
     ratio,
+    relational_lines,
     scaling_lines,
     seconds,
     sparse_lines,
@@ -159,6 +161,14 @@ def sparse_markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def relational_markdown(rows: Sequence[Row]) -> str:
+    return (
+        "Losses between points, forward and backward, fp32, rows x features or classes; `published` is the "
+        "form that the methods' own code has, `torch` the best we know in plain torch.\n\n"
+        + markdown(RELATIONAL_HEADER, relational_lines(rows))
+    )
+
+
 def scaling_markdown(rows: Sequence[Row]) -> str:
     shown = [line for line in scaling_lines(rows) if line[4] in (*OURS, FLOOR)]
     return (
@@ -174,6 +184,7 @@ def readme_section(results: Path = RESULTS) -> str:
         ("head", memory_markdown),
         ("rows", rows_markdown),
         ("sparse", sparse_markdown),
+        ("relational", relational_markdown),
         ("scaling", scaling_markdown),
     )
     machines = read_all(results)

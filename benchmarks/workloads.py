@@ -102,12 +102,27 @@ class SparseSize:
     width: int = 0
 
 
+@dataclass(frozen=True)
+class RelationalSize:
+    """Points or samples, and their features or classes."""
+
+    rows: int
+    width: int
+
+
 HEAD = Shape(2048, 32000)
 SPARSE = {"topk": SparseSize(64, 262144, 32), "sparse step": SparseSize(2048, 32000, 64, 512)}
 SPARSE_QUICK = {"topk": SparseSize(4, 3000, 8), "sparse step": SparseSize(48, 384, 8, 32)}
 # Promises about these sizes: time over the yardstick, and plain torch's time over ours.
 SPARSE_OVER_FLOOR = {"sparse step": 1.1}
 SPARSE_SPEEDUP = {("topk", "fp32"): 12.0}
+RELATIONAL = {
+    "relational angle": RelationalSize(128, 1024),
+    "relational distance": RelationalSize(128, 1024),
+}
+RELATIONAL_QUICK = {name: RelationalSize(8, 24) for name in RELATIONAL}
+# The published form's time over ours, at these sizes.
+RELATIONAL_SPEEDUP = {"relational angle": 15.0}
 QUICK = Shape(48, 384, 32, 48)
 
 

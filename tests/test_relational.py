@@ -10,6 +10,7 @@ from jobs import backends_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_kernels as kd
+from kd_kernels.relational import _squared_distances
 
 BACKENDS = backends_of("angle")
 
@@ -176,13 +177,25 @@ def test_fewer_than_two_rows(call, n):
         assert (x == 0).all()
 
 
-def test_an_offset_costs_no_digits():
-    """The uncentred Gram matrix in float32 is 5e-5 wrong here."""
-    student, teacher = points(24, torch.float32, widths=(64, 64))
-    shifted = [(x.detach() + 10.0).requires_grad_() for x in (student, teacher)]
+@pytest.mark.parametrize("dtype, offset", [(torch.float32, 1e4), (torch.float64, 1e6)])
+def test_an_offset_costs_no_digits(dtype, offset):
+    """The uncentred Gram matrix has none left here."""
+    student, teacher = points(24, dtype, widths=(64, 64))
+    shifted = [(x.detach() + offset).requires_grad_() for x in (student, teacher)]
     exact = run(published_angle, wide(shifted))
     for x, z in zip(run(kd.relational_angle, shifted, teacher_grad=True), exact):
-        assert error(x, z) <= FLOOR[torch.float32]
+        assert error(x, z) <= 10 * FLOOR[dtype]
+
+
+def test_rows_that_coincide_stay_together_in_large_products():
+    """Where the product adds up equal rows in another order, their distance is some rounding, not 0."""
+    student, teacher = points(150, torch.float32, widths=(1500, 700))
+    copies = torch.randint(0, 150, (150,))
+    with torch.no_grad():
+        student.copy_(student[copies])
+    squared = _squared_distances(student, None)
+    same = (student[:, None, :8] == student[None, :, :8]).all(-1)
+    assert (squared[same] == 0).all() and (squared[~same] > 0).all() and same.sum() > 200
 
 
 @pytest.mark.parametrize("call", CALLS)
