@@ -32,6 +32,12 @@ from kd_kernels.relational import relational_angle, relational_distance  # noqa:
 from kd_kernels.score import ModelScore, PairScore, Scores, score  # noqa: E402
 from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
 from kd_kernels.topk import Ranks, TopK, linear_rank, linear_topk  # noqa: E402
+from kd_kernels.transport import (  # noqa: E402
+    TransportParts,
+    class_transport,
+    feature_transport,
+    sequence_transport,
+)
 from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
@@ -55,10 +61,13 @@ __all__ = [
     "SparseTarget",
     "TopK",
     "TotalVariation",
+    "TransportParts",
     "WeightedKL",
     "__version__",
     "calibration",
+    "class_transport",
     "distill",
+    "feature_transport",
     "last_hidden_state",
     "linear_logprobs",
     "linear_rank",
@@ -68,4 +77,5 @@ __all__ = [
     "relational_distance",
     "release_workspace",
     "score",
+    "sequence_transport",
 ]

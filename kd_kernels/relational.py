@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kd_kernels.arguments import number, refuse_transforms
 from kd_kernels.ops.angle import angle as _angle
-from kd_kernels.sources import FLOATING
+from kd_kernels.points import check_points, check_points_mask, check_positive, result_dtype
 
 # Rows whose squared distance is below this share of their squared distances from the centre are one point:
 # there the Gram matrix has no digits left.
@@ -58,7 +58,7 @@ def relational_distance(
     pairs = others if mask is None else others & mask[:, None] & mask
     relative = [_relative_distances(_squared_distances(x, mask), pairs, eps) for x in rows]
     total = F.smooth_l1_loss(*relative, reduction="sum", beta=beta)
-    return (total / _count(student, mask) ** 2).to(_result_dtype(student, teacher))
+    return (total / _count(student, mask) ** 2).to(result_dtype(student, teacher))
 
 
 def relational_angle(
@@ -99,43 +99,23 @@ def relational_angle(
     squared = [_squared_distances(x, mask) for x in _rows(student, teacher, teacher_grad)]
     needs = [torch.is_grad_enabled() and x.requires_grad for x in squared]
     total = _angle(*squared, number(beta), backend, needs)[0]
-    return (total / _count(student, mask) ** 3).to(_result_dtype(student, teacher))
+    return (total / _count(student, mask) ** 3).to(result_dtype(student, teacher))
 
 
 def _check(student: Tensor, teacher: Tensor, mask: Optional[Tensor], beta: float) -> None:
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != 2:
-            raise ValueError(f"{name} must be [N, D], got {tuple(x.shape)}; flatten leading dimensions")
-        if x.dtype not in FLOATING:
-            raise TypeError(f"{name} must be floating, got {x.dtype}")
+    check_points(("student", student), ("teacher", teacher), shape="[N, D]")
     if len(student) != len(teacher):
         raise ValueError(
             f"student and teacher must have the same rows, got {len(student)} and {len(teacher)}"
         )
-    if teacher.device != student.device:
-        raise ValueError(f"teacher is on {teacher.device}, the student on {student.device}")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask must be a bool tensor (True = counts), got {getattr(mask, 'dtype', mask)!r}"
-            )
-        if mask.shape != student.shape[:1]:
-            raise ValueError(f"mask must be [N] = {tuple(student.shape[:1])}, got {tuple(mask.shape)}")
-        if mask.device != student.device:
-            raise ValueError(f"mask is on {mask.device}, the student on {student.device}")
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
-        raise ValueError(f"beta must be a finite number > 0, got {beta!r}")
+        check_points_mask("mask", mask, student)
+    check_positive("beta", beta)
     refuse_transforms("kd_kernels.relational_*", student, teacher)
 
 
 def _rows(student: Tensor, teacher: Tensor, teacher_grad: bool) -> tuple[Tensor, Tensor]:
     return student, teacher if teacher_grad else teacher.detach()
-
-
-def _result_dtype(*inputs: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 def _count(student: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -289,8 +289,8 @@ X, Y = torch.randn(4, 3), torch.randn(4, 5)
         ((X, Y), {"beta": 0.0}, ValueError, "beta must be a finite number > 0, got 0.0"),
         ((X, Y), {"beta": math.nan}, ValueError, "beta must be"),
         ((X, Y), {"mask": torch.ones(4)}, TypeError, "mask must be a bool tensor"),
-        ((X, Y), {"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask must be \[N\]"),
-        ((X, Y.to("meta")), {}, ValueError, "teacher is on meta"),
+        ((X, Y), {"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask must have the shape \(4,\)"),
+        ((X, Y.to("meta")), {}, ValueError, "teacher is on the meta device"),
     ],
 )
 def test_bad_input(call, arguments, options, error, message):
