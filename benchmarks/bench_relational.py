@@ -116,7 +116,83 @@ def distance_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
     return _steps(ours, published_distance, None, *points(size, device))
 
 
-CASES = {"relational angle": angle_case, "relational distance": distance_case}
+# --- transport ------------------------------------------------------------------------------------------
+
+EPSILON, ITERATIONS, TEMPERATURE = 0.05, 10, 2.0  # of WKD-L
+
+
+def published_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Tensor) -> Tensor:
+    """WKD-L: the label's class is cut out of a copy of the cost for every sample."""
+    n, c = student.shape
+    keep = torch.ones_like(student, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    a, b = ((x[keep].reshape(n, c - 1) / TEMPERATURE).softmax(1)[:, :, None] for x in (student, teacher))
+    costs = cost.repeat(n, 1, 1)[keep[:, :, None] & keep[:, None, :]].reshape(n, c - 1, c - 1)
+    kernel = (-costs / EPSILON).exp()
+    u = torch.full_like(a, 1 / (c - 1))
+    for _ in range(ITERATIONS):
+        v = b / (kernel.transpose(1, 2) @ u + 1e-8)
+        u = a / (kernel @ v + 1e-8)
+    plan = u * (kernel * v.transpose(1, 2))
+    return (plan * costs).sum((1, 2)).mean()
+
+
+def class_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, device=device)
+    directions = F.normalize(normal(size.width, 64), dim=1)
+    cost = (1 - directions @ directions.t()).clamp(min=0).fill_diagonal_(0.0)
+    labels = torch.randint(size.width, (size.rows,), generator=generator, device=device)
+    student, teacher = 3 * normal(size.rows, size.width), 3 * normal(size.rows, size.width)
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return need("kd_kernels").class_transport(*inputs, denominator_eps=1e-8)
+
+    return _steps(ours, published_classes, None, [student], [teacher, cost, labels])
+
+
+def published_points(student: Tensor, teacher: Tensor, epsilon: float = 0.1) -> Tensor:
+    """Cosine cost, uniform marginals, 100 iterations: columns, then rows."""
+    cost = 1 - F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).t()
+    kernel = (-cost / epsilon).exp()
+    a, b = (cost.new_full((n, 1), 1 / n) for n in cost.shape)
+    u = torch.ones_like(a)
+    for _ in range(100):
+        v = b / (kernel.t() @ u + 1e-9)
+        u = a / (kernel @ v + 1e-9)
+    return (u * kernel * v.t() * cost).sum()
+
+
+def feature_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    def ours(*rows: Tensor) -> Tensor:
+        return need("kd_kernels").feature_transport(*rows, epsilon=0.1, order="columns_rows")
+
+    return _steps(ours, published_points, None, *points(size, device))
+
+
+POSITIONS = 128
+
+
+def sequence_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (size.rows, POSITIONS, size.width)
+    student, teacher = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+
+    def ours(*states: Tensor) -> Tensor:
+        return need("kd_kernels").sequence_transport(*states, epsilon=0.1)
+
+    def published(student: Tensor, teacher: Tensor) -> Tensor:
+        return torch.stack([published_points(x, y) for x, y in zip(student, teacher)]).mean()
+
+    return _steps(ours, published, None, [student], [teacher])
+
+
+CASES = {
+    "relational angle": angle_case,
+    "relational distance": distance_case,
+    "class transport": class_case,
+    "feature transport": feature_case,
+    "sequence transport": sequence_case,
+}
 
 
 # --- running ----------------------------------------------------------------------------------------------

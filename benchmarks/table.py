@@ -163,9 +163,9 @@ def sparse_markdown(rows: Sequence[Row]) -> str:
 
 def relational_markdown(rows: Sequence[Row]) -> str:
     return (
-        "Losses between points, forward and backward, fp32, rows x features or classes; `published` is the "
-        "form that the methods' own code has, `torch` the best we know in plain torch.\n\n"
-        + markdown(RELATIONAL_HEADER, relational_lines(rows))
+        "Losses between points, forward and backward, fp32, rows x features or classes (sequences of 128 "
+        "positions); `published` is the form that the methods' own code has, `torch` the best we know in "
+        "plain torch.\n\n" + markdown(RELATIONAL_HEADER, relational_lines(rows))
     )
 
 

@@ -104,7 +104,7 @@ class SparseSize:
 
 @dataclass(frozen=True)
 class RelationalSize:
-    """Points or samples, and their features or classes."""
+    """Points, samples or sequences, and their features or classes."""
 
     rows: int
     width: int
@@ -119,10 +119,13 @@ SPARSE_SPEEDUP = {("topk", "fp32"): 12.0}
 RELATIONAL = {
     "relational angle": RelationalSize(128, 1024),
     "relational distance": RelationalSize(128, 1024),
+    "class transport": RelationalSize(16, 1000),
+    "feature transport": RelationalSize(128, 1024),
+    "sequence transport": RelationalSize(8, 512),
 }
 RELATIONAL_QUICK = {name: RelationalSize(8, 24) for name in RELATIONAL}
 # The published form's time over ours, at these sizes.
-RELATIONAL_SPEEDUP = {"relational angle": 15.0}
+RELATIONAL_SPEEDUP = {"relational angle": 15.0, "class transport": 40.0}
 QUICK = Shape(48, 384, 32, 48)
 
 

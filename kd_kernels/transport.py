@@ -328,8 +328,8 @@ def _check_class_values(cost: Tensor, epsilon: float, labels: Optional[Tensor], 
     reach = (cost.max() - cost.min()).item()
     if reach > SCALING_RANGE * epsilon:
         raise ValueError(
-            f"cost ranges over {reach:g}, more than {SCALING_RANGE:g} times epsilon = {epsilon:g}: the iterations "
-            f"would underflow; raise epsilon or scale the cost"
+            f"cost ranges over {reach:g}, more than {SCALING_RANGE:g} times epsilon = {epsilon:g}: the "
+            f"iterations would underflow; raise epsilon or scale the cost"
         )
     if labels is not None:
         check_range("labels", labels[labels != ignore_index], len(cost), otherwise=IGNORED)

@@ -69,13 +69,17 @@ def _scaled(
     cost: Tensor, there: Tensor, a: Tensor, b: Tensor, epsilon: float, iterations: int, order: str
 ) -> Tensor:
     kernel = torch.where(there, ((cost.min() - cost) / epsilon).exp(), 0.0)
+    transposed = kernel.transpose(1, 2).contiguous()
+    # Where nothing is, 0 / 1.
+    a, b = a[:, :, None], b[:, :, None]
+    no_row, no_column = (a == 0).to(a.dtype), (b == 0).to(b.dtype)
     u, v = torch.ones_like(a), torch.ones_like(b)
     for half in _half_steps(order, iterations):
         if half == "rows":
-            u = _over(a, torch.where(a > 0, (kernel @ v[:, :, None])[:, :, 0], 0.0))
+            u = a / torch.baddbmm(no_row, kernel, v)
         else:
-            v = _over(b, torch.where(b > 0, (u[:, None, :] @ kernel)[:, 0], 0.0))
-    return u[:, :, None] * kernel * v[:, None, :]
+            v = b / torch.baddbmm(no_column, transposed, u)
+    return u * kernel * v.transpose(1, 2)
 
 
 def _half_steps(order: str, iterations: int) -> list[str]:
@@ -88,15 +92,19 @@ def _divergence(plan: Tensor, product: Tensor) -> Tensor:
 
 
 def _cost_gradient(plan: Tensor, cost: Tensor, epsilon: float, iterations: int) -> Tensor:
-    rows, columns, weighted = plan.sum(2), plan.sum(1), plan * cost
-    by_row, by_column = weighted.sum(2), weighted.sum(1)
-    x, y = torch.zeros_like(rows), torch.zeros_like(columns)
+    weighted, transposed = plan * cost, plan.transpose(1, 2).contiguous()
+    by_row, by_column = (
+        weighted.sum(2, keepdim=True),
+        transposed.mul(cost.transpose(1, 2)).sum(2, keepdim=True),
+    )
+    per_row, per_column = _inverse(plan.sum(2, keepdim=True)), _inverse(transposed.sum(2, keepdim=True))
+    x, y = torch.zeros_like(by_row), torch.zeros_like(by_column)
     for _ in range(max(iterations, 50)):  # contracts as fast as the iterations that made the plan
-        x = _over(by_row - (plan @ y[:, :, None])[:, :, 0], rows)
-        y = _over(by_column - (x[:, None, :] @ plan)[:, 0], columns)
-    return plan - plan * (cost - x[:, :, None] - y[:, None, :]) / epsilon
+        x = torch.baddbmm(by_row, plan, y, alpha=-1) * per_row
+        y = torch.baddbmm(by_column, transposed, x, alpha=-1) * per_column
+    return plan - plan * (cost - x - y.transpose(1, 2)) / epsilon
 
 
-def _over(numerator: Tensor, mass: Tensor) -> Tensor:
-    """The quotient; 0 where the mass is 0, NaN where it is NaN."""
-    return torch.where(mass == 0, 0.0, numerator / torch.where(mass == 0, 1.0, mass))
+def _inverse(mass: Tensor) -> Tensor:
+    """0 where the mass is 0, NaN where it is NaN."""
+    return torch.where(mass == 0, 0.0, 1.0 / mass)
