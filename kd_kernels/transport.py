@@ -315,6 +315,8 @@ def _check_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Optio
         raise TypeError(f"labels must be integers, got {getattr(labels, 'dtype', labels)!r}")
     if labels.shape != student.shape[:1]:
         raise ValueError(f"labels must be [N] = {tuple(student.shape[:1])}, got {tuple(labels.shape)}")
+    if labels.device != student.device:
+        raise ValueError(f"labels is on {labels.device}, student_logits on {student.device}")
     if classes < 2:
         raise ValueError("labels remove a class: there must be at least 2")
 
