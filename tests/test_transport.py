@@ -114,11 +114,10 @@ def test_both_domains(order, monkeypatch):
 def test_fixed_iterations(order):
     """Not converged: the value is that of the loop, whose last half-step is exact."""
     cost, a, b = problem(9, 6)
-    for iterations in (1, 2, 5):
-        found = couple(
-            cost[None], a[None], b[None], epsilon=0.05, iterations=iterations, order=order, entropic=False
-        )
-        assert error(found.loss[0], unrolled(cost, a, b, 0.05, iterations, order)) < 1e-12
+    for iterations, entropic in itertools.product((1, 2, 5), (False, True)):
+        options = {"epsilon": 0.05, "iterations": iterations, "order": order, "entropic": entropic}
+        found = couple(cost[None], a[None], b[None], **options)
+        assert error(found.loss[0], unrolled(cost, a, b, **options)) < 1e-12
         assert found.marginal_error > 1e-4
 
 
@@ -192,6 +191,13 @@ def test_states_of_zeros_and_equal_states_have_finite_gradients():
         found = run(kd.feature_transport, (x, y), cost=cost, epsilon=0.5, teacher_grad=True)
         assert all(g.isfinite().all() for g in found)
     assert (run(kd.feature_transport, (x, y), epsilon=0.5, teacher_grad=True)[1][2] == 0).all()
+
+
+def test_an_offset_costs_euclidean_distances_no_digits():
+    x, y = leaves(normal(40, 24) + 1e4, normal(40, 24, seed=1) + 1e4, dtype=torch.float32)
+    options = {"cost": "euclidean", "epsilon": 1.0, "teacher_grad": True}
+    for found, exact in zip(*(run(kd.feature_transport, pair, **options) for pair in ((x, y), leaves(x, y)))):
+        assert error(found, exact) < 1e-5
 
 
 def test_half_precision_autocast_changes_nothing():
@@ -399,6 +405,14 @@ def test_class_reductions_and_samples_that_do_not_count():
         assert g.isfinite().all() and (g[~counted] == 0).all() and (g[counted] != 0).any()
     nobody = torch.full((5,), -100)
     assert kd.class_transport(z, y, classes(7), nobody) == 0
+
+
+def test_a_label_that_nobody_checked_makes_its_sample_nan(monkeypatch):
+    """As on a GPU, where looking at the numbers would wait for it."""
+    monkeypatch.setattr("kd_kernels.transport.checks_values", lambda device: False)
+    z, y, labels = normal(4, 6), normal(4, 6, seed=1), torch.tensor([1, 6, -7, -100])
+    found = kd.class_transport(z, y, classes(6), labels, reduction="none")
+    assert found.isnan().tolist() == [False, True, True, False]
 
 
 def test_all_classes_without_labels():
