@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import bench_cache
+import bench_relational
 import bench_sorted
 import bench_sparse
 from registry import Bench
 
-BENCHES: tuple[Bench, ...] = (bench_sparse.BENCH, bench_cache.BENCH, bench_sorted.BENCH)
+BENCHES: tuple[Bench, ...] = tuple(
+    module.BENCH for module in (bench_sparse, bench_cache, bench_sorted, bench_relational)
+)

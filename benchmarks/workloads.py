@@ -116,6 +116,14 @@ class CacheSize:
     width: int = 0
 
 
+@dataclass(frozen=True)
+class RelationalSize:
+    """Points, samples or sequences, and their features or classes."""
+
+    rows: int
+    width: int
+
+
 HEAD = Shape(2048, 32000)
 SPARSE = {"topk": SparseSize(64, 262144, 32), "sparse step": SparseSize(2048, 32000, 64, 512)}
 SPARSE_QUICK = {"topk": SparseSize(4, 3000, 8), "sparse step": SparseSize(48, 384, 8, 32)}
@@ -132,6 +140,17 @@ CACHE = (
 CACHE_QUICK = (CacheSize("read", 4, 16, 384, 8, 5), CacheSize("loader", 4, 16, 384, 8, 5, "float16", 32))
 # Promises about these sizes: reading at 80 % of the raw read's speed; share of a step.
 CACHE_OVER_YARDSTICK = {"read": 1.25, "loader": 0.02}
+
+RELATIONAL = {
+    "relational angle": RelationalSize(128, 1024),
+    "relational distance": RelationalSize(128, 1024),
+    "class transport": RelationalSize(16, 1000),
+    "feature transport": RelationalSize(128, 1024),
+    "sequence transport": RelationalSize(8, 512),
+}
+RELATIONAL_QUICK = {name: RelationalSize(8, 24) for name in RELATIONAL}
+# The published form's time over ours, at these sizes.
+RELATIONAL_SPEEDUP = {"relational angle": 15.0, "class transport": 40.0}
 QUICK = Shape(48, 384, 32, 48)
 
 

@@ -1,6 +1,7 @@
 // Addresses, integers and floats in; nothing of torch. The Python side keeps the memory alive and checks it.
 #include <pybind11/pybind11.h>
 
+#include "angle.h"
 #include "gather.h"
 #include "gemm.h"
 #include "row_divergence.h"
@@ -157,6 +158,25 @@ void def_topk(py::module_& module) {
   module.def("topk", &kd::topk, py::arg("args"), py::call_guard<py::gil_scoped_release>());
 }
 
+void def_angle(py::module_& module) {
+  using kd::Angle;
+  py::class_<Angle> args(module, "Angle");
+  args.def(py::init<>());
+  args.def_readwrite("n", &Angle::n);
+  args.def_readwrite("ld", &Angle::ld);
+  args.def_readwrite("beta", &Angle::beta);
+  def_pointer(args, "student", &Angle::student);
+  def_pointer(args, "student_inverse", &Angle::student_inverse);
+  def_pointer(args, "teacher", &Angle::teacher);
+  def_pointer(args, "teacher_inverse", &Angle::teacher_inverse);
+  def_pointer(args, "sums", &Angle::sums);
+  def_pointer(args, "student_grad", &Angle::student_grad);
+  def_pointer(args, "teacher_grad", &Angle::teacher_grad);
+  args.def_readwrite("threads", &Angle::threads);
+
+  module.def("angle", &kd::angle, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+}
+
 void gemm_bf16(int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t b, int64_t b_row,
                int64_t b_col, uintptr_t c, int64_t ldc, bool accumulate, int threads) {
   kd::GemmBf16 args;
@@ -192,6 +212,7 @@ PYBIND11_MODULE(_native, module) {
   def_gather(module);
   def_sorted_l1(module);
   def_topk(module);
+  def_angle(module);
   def_gemm(module);
 
   module.def("instruction_set", &kd::instruction_set);

@@ -31,9 +31,16 @@ from kd_kernels.objectives import (  # noqa: E402
     TotalVariation,
     WeightedKL,
 )
+from kd_kernels.relational import relational_angle, relational_distance  # noqa: E402
 from kd_kernels.score import ModelScore, PairScore, Scores, score  # noqa: E402
 from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
 from kd_kernels.topk import Ranks, TopK, linear_rank, linear_topk  # noqa: E402
+from kd_kernels.transport import (  # noqa: E402
+    TransportParts,
+    class_transport,
+    feature_transport,
+    sequence_transport,
+)
 from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
@@ -63,18 +70,24 @@ __all__ = [
     "TeacherRecord",
     "TopK",
     "TotalVariation",
+    "TransportParts",
     "WeightedKL",
     "__version__",
     "align_tokens",
     "answer_rows",
     "byte_groups",
     "calibration",
+    "class_transport",
     "distill",
+    "feature_transport",
     "last_hidden_state",
     "linear_logprobs",
     "linear_rank",
     "linear_topk",
     "next_token_labels",
+    "relational_angle",
+    "relational_distance",
     "release_workspace",
     "score",
+    "sequence_transport",
 ]

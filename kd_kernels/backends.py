@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 
 from kd_kernels import native, triton_runtime
+from kd_kernels.reference.angle import angle as reference_angle
 from kd_kernels.reference.gather import gather as reference_gather
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
 from kd_kernels.reference.sorted_l1 import sorted_l1 as reference_sorted_l1
@@ -65,6 +66,12 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_runtime.topk, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_topk, lambda device: []),
+    },
+    "angle": {
+        "cpu": (native.angle, _cpu_objections),
+        "triton": (triton_runtime.angle, triton_runtime.why_not),
+        "cuda": (None, _not_built),
+        "reference": (reference_angle, lambda device: []),
     },
 }
 

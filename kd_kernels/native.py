@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import GatherJob, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
+from kd_kernels.rows import AngleJob, GatherJob, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -138,6 +138,19 @@ def topk(job: TopkJob) -> None:
     args.samples = job.samples.data_ptr()
     args.threads = torch.get_num_threads()
     native.topk(args)
+
+
+def angle(job: AngleJob) -> None:
+    """:func:`kd_kernels.reference.angle`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.Angle()
+    args.n, args.ld, args.beta = job.n, job.student.stride(0), job.beta
+    args.student, args.student_inverse = job.student.data_ptr(), job.student_inverse.data_ptr()
+    args.teacher, args.teacher_inverse = job.teacher.data_ptr(), job.teacher_inverse.data_ptr()
+    args.sums = job.sums.data_ptr()
+    args.student_grad, args.teacher_grad = _address(job.student_grad), _address(job.teacher_grad)
+    args.threads = torch.get_num_threads()
+    native.angle(args)
 
 
 # --- bfloat16 products with a float32 result ---------------------------------------------------------

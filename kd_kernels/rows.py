@@ -1,7 +1,8 @@
 """The row kernels' contracts, as csrc/*.h state them for the compiled backends.
 
-A driver fills a job; every backend's ``row_divergence(job, phases)``, ``gather(job, phases)`` and
-``topk(job)`` and ``sorted_l1(job)`` reads and writes the job's tensors in place and returns nothing.
+A driver fills a job; every backend's ``row_divergence(job, phases)``, ``gather(job, phases)``,
+``topk(job)``, ``sorted_l1(job)`` and ``angle(job)`` reads and writes the job's tensors in place and
+returns nothing.
 """
 
 from __future__ import annotations
@@ -151,6 +152,33 @@ class SortedL1Job:
     hard_weight: Optional[Tensor] = None  # [n] float64; 0 silences it; None: none
     hard_logz: Optional[Tensor] = None  # [n] float64: log sum exp(z - max)
     labels: Optional[Tensor] = None  # [n] int64; never read where out of range
+
+
+@dataclass
+class AngleJob:
+    """One call of the angle kernel: all angles between n points, student's against teacher's.
+
+    With s the squared distances and r the inverse ones, the cosine at the vertex i of the edges to j and k is
+    ``(s_ij + s_ik - s_jk) r_ij r_ik / 2``, and ``h`` the smooth L1 of the two models' difference. An edge
+    without length has r = 0, which makes its cosines 0 and silences its gradients.
+
+    The matrices are ``[n, ld]`` float64 with unit stride, ld a multiple of ``ANGLE_PADDING``; columns from n
+    on are 0. A gradient is of the sum of all h with respect to s, as if ``s_ij`` and ``s_ji`` were two
+    variables (only the sum of the two counts); its columns from n on may hold anything.
+    """
+
+    n: int
+    beta: float
+    student: Tensor
+    student_inverse: Tensor
+    teacher: Tensor
+    teacher_inverse: Tensor
+    sums: Tensor  # [n] float64: over all i and k of h(i; j, k)
+    student_grad: Optional[Tensor] = None
+    teacher_grad: Optional[Tensor] = None
+
+
+ANGLE_PADDING = 8  # numbers: the widest vector
 
 
 # Columns of a topk's ``statistics`` [n, 1 + 3 M] float64: the largest logit, then for each temperature

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, GatherJob, RowJob, Rows, TopkJob
+from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, AngleJob, GatherJob, RowJob, Rows, TopkJob
 
 _ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
 
@@ -60,7 +60,7 @@ def interpreted() -> bool:
 def _load() -> tuple[Optional[ModuleType], Optional[str]]:
     try:
         from kd_kernels import triton_kernels
-        from kd_kernels.triton_kernels import gather, row_divergence, topk  # noqa: F401
+        from kd_kernels.triton_kernels import angle, gather, row_divergence, topk  # noqa: F401
     except ImportError as error:
         return None, f"Triton cannot be loaded ({error}); `pip install triton`"
     return triton_kernels, None
@@ -284,6 +284,36 @@ def topk(job: TopkJob) -> None:
             **constants,
             **options(num_warps),
         )
+
+
+ANGLE_TILES = {"TILE": 8, "BLOCK": 32}
+ANGLE_WARPS = 4
+
+
+def angle(job: AngleJob) -> None:
+    """:func:`kd_kernels.reference.angle` in Triton, one program a tile of a row."""
+    if job.n == 0:
+        return
+    tiles = -(-job.n // ANGLE_TILES["TILE"])
+    partial = job.sums.new_empty(job.n, tiles)
+    with _on(job.sums):
+        _kernels().angle.angle[(job.n, tiles)](
+            job.student,
+            job.student_inverse,
+            job.teacher,
+            job.teacher_inverse,
+            torch.full((), job.beta, dtype=torch.float64, device=job.sums.device),
+            partial,
+            partial if job.student_grad is None else job.student_grad,
+            partial if job.teacher_grad is None else job.teacher_grad,
+            job.n,
+            job.student.stride(0),
+            STUDENT_GRAD=job.student_grad is not None,
+            TEACHER_GRAD=job.teacher_grad is not None,
+            **ANGLE_TILES,
+            **options(ANGLE_WARPS),
+        )
+    torch.sum(partial, 1, out=job.sums)
 
 
 def _power_of_two(least: int) -> int:

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from kd_kernels.triton_kernels import gather, topk
+from kd_kernels.triton_kernels import angle, gather, topk
 from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,7 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*CATALOGUE, "gather", "topk")
+KERNELS = (*CATALOGUE, "gather", "topk", "angle")
 SIZES = {"small": 1000, "large": 128256}
 IDS = (16, 64, 1024)  # what the kernels that take K ids are compiled for
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -96,6 +96,18 @@ def topk_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[ASTSo
     return _ast(topk.topk, constants, dtype), num_warps
 
 
+def angle_source(gradients: tuple[bool, bool]) -> tuple[ASTSource, int]:
+    constants = dict(zip(("STUDENT_GRAD", "TEACHER_GRAD"), gradients)) | triton_runtime.ANGLE_TILES
+    names = angle.angle.arg_names
+    signature = {
+        name: "constexpr" if name in constants else "i32" if name in ("n", "ld") else "*fp64"
+        for name in names
+    }
+    divisible = [[i] for i, name in enumerate(names) if signature[name] == "*fp64"]
+    attributes = {tuple(index): [["tt.divisibility", 16]] for index in divisible}
+    return ASTSource(angle.angle, signature, constants, attributes), triton_runtime.ANGLE_WARPS
+
+
 def _ast(kernel, constants: dict, dtype: str) -> ASTSource:
     logits, grad = f"*{DTYPES[dtype]}", f"*{'bf16' if dtype == 'float32' else DTYPES[dtype]}"
     signature = {}
@@ -142,6 +154,10 @@ def resources(compiled, target: GPUTarget) -> dict:
 
 def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
     """(label, source, warps) of every configuration of a kernel, or of the row kernel for an objective."""
+    if kernel == "angle":
+        for gradients in ((False, False), (True, False), (False, True), (True, True)):
+            yield f"angle {gradients}", *angle_source(gradients)
+        return
     for dtype in DTYPES:
         for size, vocab in SIZES.items():
             for everything in (False, True):

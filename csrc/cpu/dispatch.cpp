@@ -9,14 +9,17 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  decltype(&baseline::angle) angle;
   decltype(&baseline::gather) gather;
   decltype(&baseline::row_divergence) row_divergence;
   decltype(&baseline::sorted_l1) sorted_l1;
   decltype(&baseline::sorted_l1_scratch) sorted_l1_scratch;
   decltype(&baseline::topk) topk;
 };
-#define KD_INSTRUCTION_SET(isa) \
-  InstructionSet { #isa, isa::gather, isa::row_divergence, isa::sorted_l1, isa::sorted_l1_scratch, isa::topk }
+#define KD_INSTRUCTION_SET(isa)                                                                           \
+  InstructionSet {                                                                                        \
+    #isa, isa::angle, isa::gather, isa::row_divergence, isa::sorted_l1, isa::sorted_l1_scratch, isa::topk \
+  }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -39,6 +42,10 @@ const InstructionSet& chosen() {
 }
 
 }  // namespace
+
+void angle(const Angle& args) {
+  if (args.n > 0) chosen().angle(args);
+}
 
 void gather(const Gather& args, unsigned phases) {
   if (args.n > 0) chosen().gather(args, phases);

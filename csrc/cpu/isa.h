@@ -1,5 +1,6 @@
 // The kernels of each instruction set that *_kernel.cpp are compiled for.
 #pragma once
+#include "../angle.h"
 #include "../gather.h"
 #include "../row_divergence.h"
 #include "../sorted_l1.h"
@@ -8,6 +9,7 @@
 namespace kd {
 #define KD_DECLARE_KERNELS(isa)                                    \
   namespace isa {                                                  \
+  void angle(const Angle& args);                                   \
   void gather(const Gather& args, unsigned phases);                \
   void row_divergence(const RowDivergence& args, unsigned phases); \
   void sorted_l1(const SortedL1& args);                            \

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_kernels.backends import TABLE
+from kd_kernels.cli import selftest_points as points
 from kd_kernels.cli import selftest_rows as one_model
 from kd_kernels.cli.common import DTYPES, Progress, UsageError, device, devices, emit, need_device
 from kd_kernels.distill import distill
@@ -167,12 +168,13 @@ def _divergences(
                 yield dataclasses.replace(check, failure=f"{type(failure).__name__}: {failure}")
 
 
-def _one_model(op: str, places: list[tuple[str, str]], seed: int) -> Iterator[Check]:
-    """What looks at one model: each function x dtype x kind of source, at each (device, backend)."""
-    for (name, function), dtype, kind in itertools.product(
-        one_model.CHECKS[op].items(), DTYPES, one_model.KINDS
-    ):
-        model = one_model.OneModel(kind, DTYPES[dtype], seed)
+def _each(
+    functions: dict[str, Callable], kinds: tuple[str, ...], problem: Callable,
+    op: str, places: list[tuple[str, str]], seed: int,
+) -> Iterator[Check]:  # fmt: skip
+    """Each function x dtype x kind of ``problem``, at each (device, backend)."""
+    for (name, function), dtype, kind in itertools.product(functions.items(), DTYPES, kinds):
+        model = problem(kind, DTYPES[dtype], seed)
         exact = function(model, "cpu", torch.float64, "", plainly=True)
         plain = function(model, "cpu", DTYPES[dtype], "", plainly=True)
         bars = [2 * relative(x, z) + FLOOR[DTYPES[dtype]] for (_, x), (_, z) in zip(plain, exact)]
@@ -192,8 +194,12 @@ CHECKS: dict[str, tuple[Callable[[list[tuple[str, str]], int], Iterator[Check]],
     "row_divergence": (check_row_divergence, len(CATALOGUE) * len(DTYPES) * len(SOURCES) * len(REDUCTIONS)),
     "sorted_l1": (check_sorted_l1, len(DTYPES) * len(SOURCES) * len(REDUCTIONS)),
     **{
-        op: (functools.partial(_one_model, op), len(checks) * len(DTYPES) * len(one_model.KINDS))
-        for op, checks in one_model.CHECKS.items()
+        op: (
+            functools.partial(_each, checks, room.KINDS, problem, op),
+            len(checks) * len(DTYPES) * len(room.KINDS),
+        )
+        for room, problem in ((one_model, one_model.OneModel), (points, points.TwoModels))
+        for op, checks in room.CHECKS.items()
     },
 }
 

@@ -1,0 +1,312 @@
+"""Losses between points: each as published code writes it, in plain torch, and ours; forward and backward.
+
+Every case has the published form as its yardstick: the factor by which the others are faster is what counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from bench_head import spread_row
+from bench_sparse import errors
+from harness import Timed, run_rounds
+from providers import Unavailable, backend, by_name, forget_compiled, need
+from record import Row, Writer, rounded
+from registry import Bench
+from report import OURS, cases, median, ratio, seconds, spread
+from torch import Tensor
+from workloads import RELATIONAL, RELATIONAL_QUICK, RELATIONAL_SPEEDUP, RelationalSize
+
+PUBLISHED = "published"
+Step = Callable[[], tuple[Tensor, ...]]
+Case = dict[str, Step]
+
+
+def _with_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor) -> Step:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = loss_of(*leaves)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    return step
+
+
+def _steps(
+    ours: Callable[..., Tensor],
+    published: Callable[..., Tensor],
+    plain: Optional[Callable[..., Tensor]],
+    leaves: list[Tensor],
+    fixed: list[Tensor],
+) -> tuple[Case, Step]:
+    """(providers, exact results): ``leaves`` get gradients, ``fixed`` are constants."""
+    steps = {
+        PUBLISHED: _with_gradients(lambda *x: published(*x, *fixed), *leaves),
+        "kd": _with_gradients(lambda *x: ours(*x, *fixed), *leaves),
+    }
+    if plain is not None:
+        compiled = functools.cache(lambda: torch.compile(plain, dynamic=False))
+        steps["torch"] = _with_gradients(lambda *x: plain(*x, *fixed), *leaves)
+        steps["torch.compile"] = _with_gradients(lambda *x: compiled()(*x, *fixed), *leaves)
+    wide = [x.double() if x.is_floating_point() else x for x in fixed]
+    exact = _with_gradients(lambda *x: published(*x, *wide), *(x.double() for x in leaves))
+    return steps, exact
+
+
+# --- angles and distances (RKD) -------------------------------------------------------------------------
+
+
+def published_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    def cosines(x: Tensor) -> Tensor:
+        unit = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
+        return torch.bmm(unit, unit.transpose(1, 2))
+
+    return F.smooth_l1_loss(cosines(student), cosines(teacher))
+
+
+def gram_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    """From the centred Gram matrix, which is what plain torch can do: no ``[N, N, D]``, but ``[N, N, N]``."""
+
+    def cosines(x: Tensor) -> Tensor:
+        x = x - x.mean(0)
+        gram = x @ x.t()
+        norms = gram.diagonal()
+        squared = norms[:, None] + norms - 2 * gram
+        edge = squared.fill_diagonal_(0.0) > 0
+        inverse = torch.where(edge, torch.where(edge, squared, 1.0).rsqrt(), 0.0)
+        products = gram[None] - gram[:, :, None] - gram[:, None, :] + norms[:, None, None]
+        return products * inverse[:, :, None] * inverse[:, None, :]
+
+    return F.smooth_l1_loss(cosines(student), cosines(teacher))
+
+
+def published_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    def relative(x: Tensor) -> Tensor:
+        norms = x.pow(2).sum(1)
+        squared = (norms[:, None] + norms - 2 * (x @ x.t())).clamp(min=1e-12)
+        d = squared.sqrt() * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+        return d / d[d > 0].mean()
+
+    return F.smooth_l1_loss(relative(student), relative(teacher))
+
+
+def points(size: RelationalSize, device: str) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (
+        torch.randn(size.rows, size.width, generator=generator, device=device) for _ in range(2)
+    )
+    return [student], [teacher]
+
+
+def angle_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    def ours(*rows: Tensor) -> Tensor:
+        return need("kd_kernels").relational_angle(*rows)
+
+    return _steps(ours, published_angle, gram_angle, *points(size, device))
+
+
+def distance_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    def ours(*rows: Tensor) -> Tensor:
+        return need("kd_kernels").relational_distance(*rows)
+
+    return _steps(ours, published_distance, None, *points(size, device))
+
+
+# --- transport ------------------------------------------------------------------------------------------
+
+EPSILON, ITERATIONS, TEMPERATURE = 0.05, 10, 2.0  # of WKD-L
+
+
+def published_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Tensor) -> Tensor:
+    """WKD-L: the label's class is cut out of a copy of the cost for every sample."""
+    n, c = student.shape
+    keep = torch.ones_like(student, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    a, b = ((x[keep].reshape(n, c - 1) / TEMPERATURE).softmax(1)[:, :, None] for x in (student, teacher))
+    costs = cost.repeat(n, 1, 1)[keep[:, :, None] & keep[:, None, :]].reshape(n, c - 1, c - 1)
+    kernel = (-costs / EPSILON).exp()
+    u = torch.full_like(a, 1 / (c - 1))
+    for _ in range(ITERATIONS):
+        v = b / (kernel.transpose(1, 2) @ u + 1e-8)
+        u = a / (kernel @ v + 1e-8)
+    plan = u * (kernel * v.transpose(1, 2))
+    return (plan * costs).sum((1, 2)).mean()
+
+
+def class_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, device=device)
+    directions = F.normalize(normal(size.width, 64), dim=1)
+    cost = (1 - directions @ directions.t()).clamp(min=0).fill_diagonal_(0.0)
+    labels = torch.randint(size.width, (size.rows,), generator=generator, device=device)
+    student, teacher = 3 * normal(size.rows, size.width), 3 * normal(size.rows, size.width)
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return need("kd_kernels").class_transport(*inputs, denominator_eps=1e-8)
+
+    return _steps(ours, published_classes, None, [student], [teacher, cost, labels])
+
+
+def published_points(student: Tensor, teacher: Tensor, epsilon: float = 0.1) -> Tensor:
+    """Cosine cost, uniform marginals, 100 iterations: columns, then rows."""
+    cost = 1 - F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).t()
+    kernel = (-cost / epsilon).exp()
+    a, b = (cost.new_full((n, 1), 1 / n) for n in cost.shape)
+    u = torch.ones_like(a)
+    for _ in range(100):
+        v = b / (kernel.t() @ u + 1e-9)
+        u = a / (kernel @ v + 1e-9)
+    return (u * kernel * v.t() * cost).sum()
+
+
+def feature_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    def ours(*rows: Tensor) -> Tensor:
+        return need("kd_kernels").feature_transport(*rows, epsilon=0.1, order="columns_rows")
+
+    return _steps(ours, published_points, None, *points(size, device))
+
+
+POSITIONS = 128
+
+
+def sequence_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (size.rows, POSITIONS, size.width)
+    student, teacher = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+
+    def ours(*states: Tensor) -> Tensor:
+        return need("kd_kernels").sequence_transport(*states, epsilon=0.1)
+
+    def published(student: Tensor, teacher: Tensor) -> Tensor:
+        return torch.stack([published_points(x, y) for x, y in zip(student, teacher)]).mean()
+
+    return _steps(ours, published, None, [student], [teacher])
+
+
+CASES = {
+    "relational angle": angle_case,
+    "relational distance": distance_case,
+    "class transport": class_case,
+    "feature transport": feature_case,
+    "sequence transport": sequence_case,
+}
+
+
+# --- running ----------------------------------------------------------------------------------------------
+
+
+def run_case(
+    name: str, size: RelationalSize, *, rounds: int, threads: int, reject: bool, compiling: bool, device: str
+) -> list[Row]:
+    forget_compiled()
+    steps, exact = CASES[name](size, device)
+    if not compiling:
+        steps.pop("torch.compile", None)
+    truth, outcome = exact(), {}
+    for provider, step in steps.items():
+        found: dict[str, Any] = {"status": "ok", "reason": ""}
+        try:
+            error = errors(step(), truth)
+            found.update(error={"worst": rounded(error)}, status="ok" if error <= 1e-3 else "wrong")
+        except Unavailable as reason:
+            found.update(status=reason.status, reason=reason.reason)
+        except Exception as reason:  # a peer may fail in any way; its row says how
+            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
+        if provider == "kd":
+            found["backend"] = backend(by_name("kd"), device)
+        outcome[provider] = found
+    del truth
+
+    # A published form that is wrong is timed all the same: it is what people run.
+    entries = [Timed(p, steps[p]) for p in steps if p == PUBLISHED or outcome[p]["status"] == "ok"]
+    run_rounds(entries, rounds=rounds, reject=reject, device=device)
+    measured = {timed.name: timed for timed in entries}
+    rows = []
+    for provider in steps:
+        row: Row = {
+            "bench": "relational",
+            "case_id": f"relational/{name}/{size.rows}x{size.width}",
+            "case": {"what": name, "dtype": "fp32", "threads": threads, **vars(size)},
+            "provider": provider,
+            **outcome[provider],
+        }
+        timed = measured.get(provider)
+        if timed is not None and timed.failure:
+            row.update(status="failed", reason=timed.failure)
+        elif timed is not None:
+            row["seconds"] = spread_row(timed.spread())
+            row["ratio_floor"] = spread_row(timed.ratio_to(measured[PUBLISHED]))
+            row["rejected"], row["noisy"] = timed.rejected, timed.noisy
+        rows.append(row)
+    return rows
+
+
+def run(
+    results: Optional[Path],
+    *,
+    sizes: Optional[dict[str, RelationalSize]] = None,
+    rounds: int = 7,
+    threads: int = 2,
+    compiling: bool = True,
+    reject: bool = True,
+    device: str = "cpu",
+) -> list[Row]:
+    torch.set_num_threads(threads)
+    writer = Writer("relational", results, device)
+    for name, size in (sizes or RELATIONAL).items():
+        print(f"  {name}", file=sys.stderr, flush=True)
+        for row in run_case(
+            name, size, rounds=rounds, threads=threads, reject=reject, compiling=compiling, device=device
+        ):
+            writer.add(row)
+    return writer.rows
+
+
+def run_bench(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **options: Any) -> list[Row]:
+    sizes = RELATIONAL_QUICK if quick else RELATIONAL
+    return run(results, sizes=sizes, compiling=not quick, **options)
+
+
+# --- the table ----------------------------------------------------------------------------------------
+
+RELATIONAL_HEADER = ("what", "size", "provider", "median [p20 .. p80]", "faster", "worst error", "targets")
+
+
+def relational_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """One line per provider; ``faster`` is how many times, than the published form."""
+    lines = []
+    for case in cases(rows).values():
+        for row in case.values():
+            what, over = row["case"]["what"], median(row, "ratio_floor")
+            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            size = RelationalSize(row["case"]["rows"], row["case"]["width"])
+            wanted = RELATIONAL_SPEEDUP.get(what)
+            if row["provider"] in OURS and over and wanted and size == RELATIONAL[what]:
+                note = f"{'pass' if 1 / over >= wanted else 'FAIL'} published >= {wanted:g}x"
+            error = row.get("error") or {}
+            lines.append(
+                (
+                    what, f"{size.rows} x {size.width}", row["provider"], spread(row, "seconds", seconds),
+                    ratio(1 / over if over else None), f"{error['worst']:.1e}" if error else "", note,
+                )
+            )  # fmt: skip
+    return lines
+
+
+BENCH = Bench(
+    name="relational",
+    title="Losses between points, against the published form",
+    about=(
+        "Losses between points, forward and backward, fp32, rows x features or classes (sequences of 128 "
+        "positions); `published` is the form that the methods' own code has, `torch` the best we know in "
+        "plain torch."
+    ),
+    header=RELATIONAL_HEADER,
+    lines=relational_lines,
+    run=run_bench,
+)

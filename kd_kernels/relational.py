@@ -1,0 +1,150 @@
+"""Relational distillation (RKD): the student's points shall lie to each other as the teacher's do."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_kernels.arguments import number, refuse_transforms
+from kd_kernels.ops.angle import angle as _angle
+from kd_kernels.points import check_points, check_points_mask, check_positive, result_dtype
+
+# Rows whose squared distance is below this share of their squared distances from the centre are one point:
+# there the Gram matrix has no digits left.
+_RESOLUTION = 1e-14
+
+
+def relational_distance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Optional[Tensor] = None,
+    beta: float = 1.0,
+    eps: float = 1e-12,
+    teacher_grad: bool = False,
+) -> Tensor:
+    """RKD-D: smooth L1 between the two models' distances, each relative to the mean of its own.
+
+    ``sum_ij smooth_l1(d_ij / mean d, e_ij / mean e) / N^2`` with ``d_ij = |x_i - x_j|`` of the student's
+    rows and e of the teacher's; means over the positive ones; all ``N^2`` pairs count in the denominator, as
+    in the published code (Park et al. 2019, lenscloth/RKD). ``O(N^2)`` memory beside float64 copies of the
+    inputs.
+
+    Args:
+        student: ``[N, D_s]``.
+        teacher: ``[N, D_t]``; a constant unless ``teacher_grad``.
+        mask: bool ``[N]``, True = counts. A row that does not reaches neither loss nor gradient.
+        beta: > 0, where smooth L1 passes from square to absolute.
+        eps: squared distances between different rows are raised to this, as published: rows that coincide are
+            ``sqrt(eps)`` apart and count in the mean. With 0 they are 0 apart and do not count.
+            Their gradient is 0 either way.
+        teacher_grad: a gradient for the teacher too.
+
+    Returns:
+        0-d float32 (float64 for float64 inputs); 0 for fewer than two rows.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and what would do.
+    """
+    _check(student, teacher, mask, beta)
+    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
+        raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
+    rows = _rows(student, teacher, teacher_grad)
+    others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+    pairs = others if mask is None else others & mask[:, None] & mask
+    relative = [_relative_distances(_squared_distances(x, mask), pairs, eps) for x in rows]
+    total = F.smooth_l1_loss(*relative, reduction="sum", beta=beta)
+    return (total / _count(student, mask) ** 2).to(result_dtype(student, teacher))
+
+
+def relational_angle(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Optional[Tensor] = None,
+    beta: float = 1.0,
+    teacher_grad: bool = False,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """RKD-A: smooth L1 between the two models' angles at every vertex i of every pair of edges to j and k.
+
+    ``sum_ijk smooth_l1(cos_ijk, cos'_ijk) / N^3``, all ``N^3`` triples counting in the denominator, as in the
+    published code (Park et al. 2019, lenscloth/RKD). The cosines come from the centred Gram matrix and are
+    summed in registers: ``O(N^2)`` memory beside float64 copies of the inputs, no ``[N, N, D]`` tensor and no
+    ``[N, N, N]`` one.
+
+    An edge between rows that coincide has the cosine 0 with every other, as published; its gradient is 0 (the
+    published code divides by 1e-12 there). Rows closer than 1e-7 of their distance from the centre coincide.
+
+    Args:
+        student, teacher, mask, beta, teacher_grad: as for :func:`relational_distance`.
+        backend: "cpu", "triton", "reference" or None for the first that serves the device.
+
+    Returns:
+        0-d float32 (float64 for float64 inputs); 0 for fewer than two rows.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it and what would do.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Double backward is not implemented and raises; ``torch.func`` transforms are refused.
+    """
+    _check(student, teacher, mask, beta)
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {backend!r}")
+    squared = [_squared_distances(x, mask) for x in _rows(student, teacher, teacher_grad)]
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in squared]
+    total = _angle(*squared, number(beta), backend, needs)[0]
+    return (total / _count(student, mask) ** 3).to(result_dtype(student, teacher))
+
+
+def _check(student: Tensor, teacher: Tensor, mask: Optional[Tensor], beta: float) -> None:
+    check_points(("student", student), ("teacher", teacher), shape="[N, D]")
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student and teacher must have the same rows, got {len(student)} and {len(teacher)}"
+        )
+    if mask is not None:
+        check_points_mask("mask", mask, student)
+    check_positive("beta", beta)
+    refuse_transforms("kd_kernels.relational_*", student, teacher)
+
+
+def _rows(student: Tensor, teacher: Tensor, teacher_grad: bool) -> tuple[Tensor, Tensor]:
+    return student, teacher if teacher_grad else teacher.detach()
+
+
+def _count(student: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Rows that count, at least 1; on the device, so that nothing waits for it."""
+    if mask is None:
+        return torch.full((), max(len(student), 1), dtype=torch.float64, device=student.device)
+    return mask.sum().clamp(min=1).to(torch.float64)
+
+
+def _squared_distances(x: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """``[N, N]`` float64 from the centred Gram matrix; 0 between rows that coincide or do not count."""
+    wide = x.to(torch.float64)
+    if mask is not None:
+        wide = torch.where(mask[:, None], wide, 0.0)
+    wide = wide - (wide.sum(0) / _count(x, mask)).detach()  # distances do not change: no gradient either
+    gram = wide @ wide.t()
+    norms = gram.diagonal()
+    ends = norms[:, None] + norms
+    squared = ends - 2.0 * gram
+    nothing = squared <= _RESOLUTION * ends  # not so for NaN
+    if mask is not None:
+        nothing = nothing | ~(mask[:, None] & mask)
+    return torch.where(nothing, 0.0, squared)
+
+
+def _relative_distances(squared: Tensor, pairs: Tensor, eps: float) -> Tensor:
+    far = ~(squared <= eps)
+    distances = torch.where(far, torch.where(far, squared, 1.0).sqrt(), eps**0.5)
+    distances = torch.where(pairs, distances, 0.0)
+    positive = (distances != 0).sum().clamp(min=1)
+    mean = distances.sum() / positive
+    return distances / torch.where(mean == 0, 1.0, mean)

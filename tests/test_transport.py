@@ -1,0 +1,546 @@
+"""Transport between features, sequences and classes against the published loops, in float64 and autograd."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, FLOOR, error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kd_kernels as kd
+from kd_kernels.arguments import number
+from kd_kernels.ops.coupling import coupling
+
+
+@dataclass
+class Found:
+    loss: torch.Tensor
+    product_gap: torch.Tensor
+    marginal_error: torch.Tensor
+
+
+def couple(cost, a, b, *, epsilon, iterations, order, entropic):
+    loss, _, gap, marginal_error = coupling(
+        cost, a, b, number(epsilon), iterations, order, entropic, cost.requires_grad
+    )
+    return Found(loss, gap.detach(), marginal_error.detach())
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+
+def run(function, inputs, upstream=0.7, **options):
+    loss = function(*inputs, **options)
+    return [loss, *torch.autograd.grad(loss.sum() * upstream, inputs)]
+
+
+def leaves(*tensors, dtype=torch.float64):
+    return [x.detach().to(dtype).requires_grad_() for x in tensors]
+
+
+# --- couplings ----------------------------------------------------------------------------------------
+
+
+def unrolled(cost, a, b, epsilon, iterations, order="rows_columns", entropic=False):
+    """Sinkhorn's loop of one problem as everybody writes it, for autograd."""
+    kernel = (-cost / epsilon).exp()
+    u, v = torch.ones_like(a), torch.ones_like(b)
+    for _ in range(iterations):
+        if order == "columns_rows":
+            v = b / (kernel.t() @ u)
+        u = a / (kernel @ v)
+        if order == "rows_columns":
+            v = b / (kernel.t() @ u)
+    plan = u[:, None] * kernel * v
+    value = (plan * cost).sum()
+    product = a[:, None] * b
+    return value + (epsilon * (plan * (plan / product).log() - plan + product).sum() if entropic else 0.0)
+
+
+def problem(n=7, m=5, seed=0):
+    weights = normal(2, max(n, m), seed=seed).exp()
+    return (
+        normal(n, m, seed=seed + 1).abs(),
+        weights[0, :n] / weights[0, :n].sum(),
+        weights[1, :m] / weights[1, :m].sum(),
+    )
+
+
+@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
+@pytest.mark.parametrize("entropic", [False, True])
+def test_gradient_of_the_converged_coupling(order, entropic):
+    cost, a, b = problem()
+    (leaf,) = leaves(cost)
+    exact = unrolled(leaf, a, b, 0.2, 3000, order, entropic)
+    (gradient,) = torch.autograd.grad(exact, leaf)
+    leaf = cost[None].requires_grad_()
+    found = couple(leaf, a[None], b[None], epsilon=0.2, iterations=2000, order=order, entropic=entropic)
+    assert error(found.loss, exact[None]) < 1e-10 and found.marginal_error < 1e-10
+    assert error(torch.autograd.grad(found.loss.sum(), leaf)[0][0], gradient) < 1e-6
+
+
+def test_the_plan_is_not_the_gradient_of_the_transport_cost():
+    cost, a, b = problem()
+    leaf = cost[None].requires_grad_()
+    options = {"epsilon": 0.2, "iterations": 2000, "order": "rows_columns"}
+    gradient, plan = (
+        torch.autograd.grad(couple(leaf, a[None], b[None], entropic=e, **options).loss.sum(), leaf)[0]
+        for e in (False, True)
+    )
+    assert error(plan, gradient) > 0.1
+
+
+@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
+def test_both_domains(order, monkeypatch):
+    cost, a, b = problem(8, 11)
+    a = torch.where(torch.arange(8) == 3, 0.0, a)
+    a = a / a.sum()
+    masked = cost.clone()
+    masked[3] = math.nan
+    options = {"epsilon": 0.1, "iterations": 40, "order": order, "entropic": False}
+    scaled = couple(masked[None].requires_grad_(), a[None], b[None], **options)
+    monkeypatch.setattr("kd_kernels.reference.coupling.SCALING_RANGE", 0.0)
+    log = couple(masked[None].requires_grad_(), a[None], b[None], **options)
+    assert error(scaled.loss, log.loss) < 1e-13 and scaled.loss.isfinite()
+    assert error(scaled.product_gap, log.product_gap) < 1e-12
+
+
+@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
+def test_fixed_iterations(order):
+    """Not converged: the value is that of the loop, whose last half-step is exact."""
+    cost, a, b = problem(9, 6)
+    for iterations, entropic in itertools.product((1, 2, 5), (False, True)):
+        options = {"epsilon": 0.05, "iterations": iterations, "order": order, "entropic": entropic}
+        found = couple(cost[None], a[None], b[None], **options)
+        assert error(found.loss[0], unrolled(cost, a, b, **options)) < 1e-12
+        assert found.marginal_error > 1e-4
+
+
+def test_small_epsilon_is_the_best_assignment():
+    cost = normal(5, 5).abs()
+    uniform = torch.full((1, 5), 0.2, dtype=torch.float64)
+    best = min(sum(cost[i, p[i]] for i in range(5)) / 5 for p in itertools.permutations(range(5)))
+    found = couple(
+        cost[None], uniform, uniform, epsilon=2e-3, iterations=5000, order="rows_columns", entropic=False
+    )
+    assert error(found.loss[0], best) < 1e-4 and found.product_gap > 0.7
+
+
+# --- features -----------------------------------------------------------------------------------------
+
+
+def cost_between(x, y, name):
+    if name == "cosine":
+        return 1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).t()
+    if name == "attention":
+        return 1 - (x @ y.t() / x.shape[-1] ** 0.5).softmax(-1)
+    return (x[:, None] - y[None]).square().sum(-1).sqrt()
+
+
+def uniform(n):
+    return torch.full((n,), 1.0 / n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cost", ["cosine", "attention", "euclidean"])
+def test_features(cost, dtype):
+    inputs = leaves(normal(9, 24), normal(7, 24, seed=1) + 0.3, dtype=dtype)
+    epsilon = {"cosine": 0.2, "attention": 0.1, "euclidean": 1.0}[cost]
+
+    def exact(x, y):
+        return unrolled(cost_between(x, y, cost), uniform(9).to(x), uniform(7).to(x), epsilon, 400)
+
+    wanted = run(exact, leaves(*inputs))
+    plain = run(exact, leaves(*inputs, dtype=torch.promote_types(dtype, torch.float32)))
+    found = run(kd.feature_transport, inputs, cost=cost, epsilon=epsilon, iterations=400, teacher_grad=True)
+    for x, y, z in zip(found, plain, wanted):
+        assert error(x, z) <= 4 * error(y, z) + 10 * FLOOR[dtype]
+    assert found[0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_masked_features():
+    mask = torch.tensor([True, False, True, True, False, True])
+    x, y = leaves(normal(6, 8), normal(6, 8, seed=1))
+    kept = run(kd.feature_transport, leaves(x[mask], y[mask]), epsilon=0.2, teacher_grad=True)
+    with torch.no_grad():
+        x[~mask], y[~mask] = math.nan, math.inf
+    found = run(kd.feature_transport, (x, y), epsilon=0.2, teacher_grad=True, mask=mask)
+    assert error(found[0], kept[0]) < 1e-13
+    for g, h in zip(found[1:], kept[1:]):
+        assert error(g[mask], h) < 1e-11 and (g[~mask] == 0).all()
+    for g in run(kd.feature_transport, (x, y), epsilon=0.2, teacher_grad=True, mask=mask & False):
+        assert (g == 0).all()
+
+
+def test_the_teacher_is_a_constant():
+    x, y = leaves(normal(4, 3), normal(4, 3, seed=1))
+    loss = kd.feature_transport(x, y, epsilon=0.2)
+    assert torch.autograd.grad(loss, y, allow_unused=True) == (None,)
+
+
+def test_states_of_zeros_and_equal_states_have_finite_gradients():
+    x, y = leaves(normal(5, 4), normal(5, 4, seed=1))
+    with torch.no_grad():
+        x[2], y[1], y[3] = 0.0, 0.0, x[0]
+    for cost in ("cosine", "euclidean"):
+        found = run(kd.feature_transport, (x, y), cost=cost, epsilon=0.5, teacher_grad=True)
+        assert all(g.isfinite().all() for g in found)
+    assert (run(kd.feature_transport, (x, y), epsilon=0.5, teacher_grad=True)[1][2] == 0).all()
+
+
+def test_an_offset_costs_euclidean_distances_no_digits():
+    x, y = leaves(normal(40, 24) + 1e4, normal(40, 24, seed=1) + 1e4, dtype=torch.float32)
+    options = {"cost": "euclidean", "epsilon": 1.0, "teacher_grad": True}
+    for found, exact in zip(*(run(kd.feature_transport, pair, **options) for pair in ((x, y), leaves(x, y)))):
+        assert error(found, exact) < 1e-5
+
+
+def test_half_precision_autocast_changes_nothing():
+    x, y = (normal(6, 8, seed=s, dtype=torch.float32) for s in (0, 1))
+    logits = [normal(3, 5, seed=s, dtype=torch.float32) for s in (0, 1)]
+    plain = kd.feature_transport(x, y, epsilon=0.1), kd.class_transport(*logits, classes(5, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = (
+            kd.feature_transport(x, y, epsilon=0.1),
+            kd.class_transport(*logits, classes(5, torch.float32)),
+        )
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside))
+
+
+# --- sequences ----------------------------------------------------------------------------------------
+
+
+LENGTHS = [(6, 4), (1, 5), (3, 3), (0, 2), (2, 0)]
+
+
+def sequences(dtype=torch.float64, poison=True):
+    x, y = normal(5, 6, 8, dtype=dtype), normal(5, 5, 8, seed=1, dtype=dtype)
+    masks = [
+        torch.arange(z.shape[1]) < torch.tensor([pair[i] for pair in LENGTHS])[:, None]
+        for i, z in enumerate((x, y))
+    ]
+    if poison:
+        x[~masks[0]], y[~masks[1]] = math.nan, -math.inf
+    return leaves(x, y, dtype=dtype), masks
+
+
+@pytest.mark.parametrize("cost", ["cosine", "attention", "euclidean"])
+@pytest.mark.parametrize("entropic", [False, True])
+def test_ragged_sequences(cost, entropic):
+    (x, y), masks = sequences()
+    options = {"cost": cost, "epsilon": 0.4, "iterations": 300, "entropic": entropic, "teacher_grad": True}
+    ragged = {"student_mask": masks[0], "teacher_mask": masks[1]}
+    each = kd.sequence_transport(x, y, reduction="none", **options, **ragged)
+    gradients = torch.autograd.grad(each.sum(), (x, y))
+    for i, (n, m) in enumerate(LENGTHS):
+        if n * m == 0:
+            assert each[i] == 0 and all((g[i] == 0).all() for g in gradients)
+            continue
+        alone = leaves(x[i, :n], y[i, :m])
+        loss = unrolled(
+            cost_between(*alone, cost), uniform(n), uniform(m), 0.4, 600, "columns_rows", entropic
+        )
+        assert error(each[i], loss) < 1e-9
+        for g, h in zip(gradients, torch.autograd.grad(loss, alone)):
+            assert (g[i, : len(h)] - h).abs().max() < 1e-7 and (g[i, len(h) :] == 0).all()
+    total = kd.sequence_transport(x, y, reduction="sum", **options, **ragged)
+    assert torch.equal(total, each.sum())
+    assert error(kd.sequence_transport(x, y, **options, **ragged), total / 3) < 1e-14  # two have no positions
+
+
+def test_projector_gets_its_gradient():
+    x, hidden = normal(2, 5, 8), normal(2, 4, 12, seed=1)
+    weight = normal(8, 12, seed=2).requires_grad_()
+    loss = kd.sequence_transport(x, F.linear(hidden, weight), epsilon=0.1, teacher_grad=True)
+    assert torch.autograd.grad(loss, weight)[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cost", ["cosine", "attention", "euclidean"])
+def test_sequence_gradcheck(cost):
+    (x, y), masks = sequences(poison=False)
+    function = lambda x, y: kd.sequence_transport(  # noqa: E731
+        x,
+        y,
+        cost=cost,
+        epsilon=1.0,
+        iterations=200,
+        teacher_grad=True,
+        student_mask=masks[0],
+        teacher_mask=masks[1],
+    )
+    assert torch.autograd.gradcheck(
+        function,
+        (x[:, :, :3].detach().requires_grad_(), y[:, :, :3].detach().requires_grad_()),
+        fast_mode=True,
+    )
+
+
+def published_cot(x, y, alpha=0.1, iterations=100):
+    """CoT2Align's term of one layer and pair, columns first, sum over the batch / (4 B)."""
+    total = 0.0
+    for one, other in zip(x, y):
+        total = total + unrolled(
+            cost_between(one, other, "attention"),
+            uniform(len(one)),
+            uniform(len(other)),
+            1 / alpha,
+            iterations,
+            "columns_rows",
+        )
+    return total / (4 * len(x))
+
+
+def test_published_attention_cost_is_nearly_constant():
+    """docs/transport.md: at epsilon 10 the plan is the product coupling, and the cost 1 - 1/m, whatever
+    the student does; at 0.1 it is not."""
+    x, y = leaves(normal(2, 40, 64), normal(2, 30, 64, seed=1))
+    wanted = run(published_cot, leaves(x, y))
+    options = {"cost": "attention", "teacher_grad": True, "return_parts": True}
+    loss, parts = kd.sequence_transport(x, y, epsilon=10, iterations=100, **options)
+    found = torch.autograd.grad(0.25 * loss * 0.7, (x, y))
+    assert error(0.25 * loss, wanted[0]) < 1e-12
+    assert all(error(g, h) < 1e-6 for g, h in zip(found, wanted[1:]))
+    assert (parts.product_gap < 1.5e-3).all()
+    assert (parts.loss - (1 - 1 / 30)).abs().max() < 2e-3 * parts.loss.max()
+    other, _ = kd.sequence_transport(-3 * x, y, epsilon=10, iterations=100, **options)
+    assert abs(loss - other) < 1e-2 * loss  # another student altogether
+    _, parts = kd.sequence_transport(5 * x, y, epsilon=0.1, iterations=100, **options)
+    assert (parts.product_gap > 0.3).all()
+
+
+# --- classes ------------------------------------------------------------------------------------------
+
+
+def classes(c, dtype=torch.float64, seed=5):
+    x = F.normalize(normal(c, 6, seed=seed), dim=1)
+    return (1 - (-(1 - x @ x.t()).clamp(min=0)).exp()).fill_diagonal_(0.0).to(dtype)
+
+
+def published_classes(
+    z, y, cost, labels, epsilon=0.05, iterations=10, temperature=2.0, tiny=1e-8, target=0.0
+):
+    """WKD-L as published: the label's class cut out of logits and of a copy of the cost for every sample."""
+    n, c = z.shape
+    keep = torch.ones_like(z, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    a, b = ((x[keep].reshape(n, c - 1) / temperature).softmax(1) for x in (z, y))
+    costs = cost.repeat(n, 1, 1)[keep[:, :, None] & keep[:, None, :]].reshape(n, c - 1, c - 1)
+    kernel = (-costs / epsilon).exp()
+    u = torch.full_like(a, 1 / (c - 1))[:, :, None]
+    for _ in range(iterations):
+        v = b[:, :, None] / (kernel.transpose(1, 2) @ u + tiny)
+        u = a[:, :, None] / (kernel @ v + tiny)
+    transport = (u * kernel * v.transpose(1, 2) * costs).sum((1, 2))
+    at = lambda x: x.gather(1, labels[:, None])[:, 0]  # noqa: E731
+    return transport - target * at(y.softmax(1)) * at(z.log_softmax(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", [0.0, 0.4])
+def test_classes(dtype, target):
+    inputs = leaves(3 * normal(6, 23), 3 * normal(6, 23, seed=1), dtype=dtype)
+    labels = torch.randint(0, 23, (6,))
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def exact(z, y):
+        return published_classes(z, y, classes(23, z.dtype), labels, target=target).mean()
+
+    wanted, plain = run(exact, leaves(*inputs)), run(exact, leaves(*inputs, dtype=wide))
+    found = run(
+        kd.class_transport, inputs, cost=classes(23, dtype).to(wide), labels=labels,
+        target_weight=target, denominator_eps=1e-8, teacher_grad=True,
+    )  # fmt: skip
+    rough = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype, 0.0)  # the cost was rounded
+    for x, y, z in zip(found, plain, wanted):
+        assert error(x, z) <= 2 * error(y, z) + 10 * FLOOR[dtype] + rough
+    assert found[0].dtype == wide
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epsilon": 0.2},
+        {"iterations": 3},
+        {"temperature": 0.8},
+        {"order": "rows_columns"},
+        {"denominator_eps": 0.1},
+    ],
+)
+def test_class_options_matter_and_agree(options):
+    z, y, labels = 3 * normal(4, 9), 3 * normal(4, 9, seed=1), torch.tensor([0, 3, 8, 3])
+    published = {"denominator_eps": "tiny"}
+    usual = kd.class_transport(z, y, classes(9), labels, reduction="none")
+    found = kd.class_transport(z, y, classes(9), labels, reduction="none", **options)
+    assert (found - usual).abs().max() > 1e-6
+    if "order" not in options:
+        wanted = published_classes(
+            z, y, classes(9), labels, **({"tiny": 0.0} | {published.get(k, k): v for k, v in options.items()})
+        )
+        assert error(found, wanted) < 1e-12
+
+
+def test_class_reductions_and_samples_that_do_not_count():
+    z, y = leaves(normal(5, 7), normal(5, 7, seed=1))
+    labels = torch.tensor([1, -100, 6, 0, -100])
+    with torch.no_grad():
+        z[1], y[4] = math.nan, math.inf
+    each = kd.class_transport(
+        z, y, classes(7), labels, reduction="none", teacher_grad=True, target_weight=0.5
+    )
+    counted = labels >= 0
+    wanted = published_classes(z[counted], y[counted], classes(7), labels[counted], tiny=0.0, target=0.5)
+    assert error(each[counted], wanted) < 1e-12 and (each[~counted] == 0).all()
+    options = {"teacher_grad": True, "target_weight": 0.5}
+    mean = run(kd.class_transport, (z, y), cost=classes(7), labels=labels, **options)
+    assert (
+        error(mean[0], wanted.mean()) < 1e-12
+        and error(kd.class_transport(z, y, classes(7), labels, reduction="sum", **options), wanted.sum())
+        < 1e-12
+    )
+    for g in mean[1:]:
+        assert g.isfinite().all() and (g[~counted] == 0).all() and (g[counted] != 0).any()
+    nobody = torch.full((5,), -100)
+    assert kd.class_transport(z, y, classes(7), nobody) == 0
+
+
+def test_a_label_that_nobody_checked_makes_its_sample_nan(monkeypatch):
+    """As on a GPU, where looking at the numbers would wait for it."""
+    monkeypatch.setattr("kd_kernels.transport.checks_values", lambda device: False)
+    z, y, labels = normal(4, 6), normal(4, 6, seed=1), torch.tensor([1, 6, -7, -100])
+    found = kd.class_transport(z, y, classes(6), labels, reduction="none")
+    assert found.isnan().tolist() == [False, True, True, False]
+
+
+def test_all_classes_without_labels():
+    z, y, cost = *leaves(2 * normal(3, 6), 2 * normal(3, 6, seed=1)), classes(6)
+    found = run(kd.class_transport, (z, y), cost=cost, iterations=20, epsilon=0.3, teacher_grad=True)
+
+    def exact(z, y):
+        one = [
+            unrolled(cost, (a / 2).softmax(0), (b / 2).softmax(0), 0.3, 20, "columns_rows")
+            for a, b in zip(z, y)
+        ]
+        return torch.stack(one).mean()
+
+    for x, e in zip(found, run(exact, leaves(z, y))):
+        assert error(x, e) < 1e-10
+
+
+def test_banned_classes():
+    """A logit of -inf is a marginal of 0 too."""
+    z, y = leaves(normal(2, 6), normal(2, 6, seed=1))
+    with torch.no_grad():
+        z[:, 4] = y[:, 4] = -math.inf
+    kept = [0, 1, 2, 3, 5]
+    found = run(kd.class_transport, (z, y), cost=classes(6), teacher_grad=True, iterations=200)
+    cut = leaves(z[:, kept], y[:, kept])
+    wanted = run(kd.class_transport, cut, cost=classes(6)[kept][:, kept], teacher_grad=True, iterations=200)
+    assert error(found[0], wanted[0]) < 1e-9
+    for g, h in zip(found[1:], wanted[1:]):
+        assert error(g[:, kept], h) < 1e-7 and (g[:, 4] == 0).all()
+
+
+def test_class_gradcheck():
+    inputs = leaves(normal(3, 5), normal(3, 5, seed=1))
+    labels = torch.tensor([2, 0, -100])
+    assert torch.autograd.gradcheck(
+        lambda z, y: kd.class_transport(z, y, classes(5), labels, teacher_grad=True, target_weight=0.3),
+        inputs,
+    )
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made meanwhile holds."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_the_cost_is_never_copied_for_each_sample():
+    n, c = 12, 40
+    inputs = leaves(normal(n, c), normal(n, c, seed=1))
+    cost = classes(c)
+    with Largest() as seen:
+        run(kd.class_transport, inputs, cost=cost, labels=torch.arange(n), teacher_grad=True)
+    assert seen.numel == c * c
+
+
+# --- all ----------------------------------------------------------------------------------------------
+
+
+CALLS = {
+    "features": lambda x, y: kd.feature_transport(x, y, epsilon=0.2),
+    "sequences": lambda x, y: kd.sequence_transport(x[None], y[None], epsilon=0.2),
+    "classes": lambda x, y: kd.class_transport(x, y, torch.eye(4).neg().add(1.0), torch.arange(5) % 4),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_compiles_without_breaks(call):
+    x, y = leaves(normal(5, 4), normal(5, 4, seed=1), dtype=torch.float32)
+    compiled = torch.compile(CALLS[call], fullgraph=True, backend="aot_eager")
+    found, wanted = compiled(x, y), CALLS[call](x, y)
+    assert torch.allclose(found, wanted, rtol=1e-6)
+    gradients = [torch.autograd.grad(loss, x)[0] for loss in (found, wanted)]
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("call", ["features", "sequences"])
+def test_double_backward_raises(call):
+    x, y = leaves(normal(5, 4), normal(5, 4, seed=1))
+    (gradient,) = torch.autograd.grad(CALLS[call](x, y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="transport: double backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nan_shows(call):
+    x, y = normal(5, 4), normal(5, 4, seed=1)
+    x[2, 1] = math.nan
+    assert CALLS[call](x, y).isnan()
+
+
+X, Y, C = normal(4, 3), normal(4, 3, seed=1), torch.rand(3, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "function, arguments, options, error, message",
+    [
+        (kd.feature_transport, (X, Y[:, :2]), {"epsilon": 1}, ValueError, "same width, got 3 and 2; project"),
+        (kd.feature_transport, (X, Y), {"epsilon": 0}, ValueError, "epsilon must be a finite number > 0, got 0"),
+        (kd.feature_transport, (X, Y), {"epsilon": 1, "cost": "l1"}, ValueError, "cost must be one of cosine"),
+        (kd.feature_transport, (X, Y), {"epsilon": 1, "order": "rows"}, ValueError, "order must be one of"),
+        (kd.feature_transport, (X, Y), {"epsilon": 1, "iterations": 0}, ValueError, "iterations must be an int"),
+        (kd.feature_transport, (X, Y[:2]), {"epsilon": 1, "mask": X[:, 0] > 0}, ValueError, "mask needs as many"),
+        (kd.feature_transport, (X[None], Y), {"epsilon": 1}, ValueError, r"student must be \[N, D\]"),
+        (kd.sequence_transport, (X, Y), {"epsilon": 1}, ValueError, r"student must be \[B, T, D\]"),
+        (kd.sequence_transport, (X[None], Y.expand(2, 4, 3)), {"epsilon": 1}, ValueError, "same B, got 1 and 2"),
+        (kd.sequence_transport, (X[None], Y[None]), {"epsilon": 1, "student_mask": X > 0}, ValueError, "student_mask"),
+        (kd.sequence_transport, (X[None], Y[None]), {"epsilon": 1, "teacher_mask": X}, TypeError, "teacher_mask"),
+        (kd.sequence_transport, (X[None], Y[None]), {"epsilon": 1, "reduction": "all"}, ValueError, "reduction must"),
+        (kd.class_transport, (X, Y[:2], C), {}, ValueError, "same shape"),
+        (kd.class_transport, (X, Y, C[:2]), {}, ValueError, r"cost must be \[C, C\] = \(3, 3\)"),
+        (kd.class_transport, (X, Y, C * math.inf), {}, ValueError, "cost must be finite"),
+        (kd.class_transport, (X, Y, C * 100), {}, ValueError, "more than 60 times epsilon = 0.05"),
+        (kd.class_transport, (X, Y, C.clone().requires_grad_()), {}, ValueError, "cost requires grad"),
+        (kd.class_transport, (X, Y, C, torch.tensor([0, 1, 2, 3])), {}, ValueError, r"labels must be in \[0, 3\)"),
+        (kd.class_transport, (X, Y, C, X[:, 0]), {}, TypeError, "labels must be integers"),
+        (kd.class_transport, (X, Y, C, torch.zeros(3).long()), {}, ValueError, r"labels must be \[N\] = \(4,\)"),
+        (kd.class_transport, (X, Y, C), {"temperature": -1}, ValueError, "temperature must be"),
+        (kd.class_transport, (X, Y, C), {"target_weight": 1.0}, ValueError, "target_weight needs labels"),
+        (kd.class_transport, (X[:, :1], Y[:, :1], C[:1, :1], torch.zeros(4).long()), {}, ValueError, "at least 2"),
+    ],
+)  # fmt: skip
+def test_bad_input(function, arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        function(*arguments, **options)
