@@ -29,6 +29,7 @@ from kd_kernels.objectives import (  # noqa: E402
     WeightedKL,
 )
 from kd_kernels.score import ModelScore, PairScore, Scores, score  # noqa: E402
+from kd_kernels.sinkhorn import Transport, sinkhorn, sinkhorn_divergence  # noqa: E402
 from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
 from kd_kernels.topk import Ranks, TopK, linear_rank, linear_topk  # noqa: E402
 from kd_kernels.version import __version__  # noqa: E402
@@ -54,6 +55,7 @@ __all__ = [
     "SparseTarget",
     "TopK",
     "TotalVariation",
+    "Transport",
     "WeightedKL",
     "__version__",
     "calibration",
@@ -65,4 +67,6 @@ __all__ = [
     "next_token_labels",
     "release_workspace",
     "score",
+    "sinkhorn",
+    "sinkhorn_divergence",
 ]

@@ -16,6 +16,7 @@ import torch
 from kd_kernels import native, triton_runtime
 from kd_kernels.reference.gather import gather as reference_gather
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
+from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
 from kd_kernels.reference.topk import topk as reference_topk
 
 RowKernel = Callable[..., None]  # (job, phases), or (job) where there is one phase
@@ -57,6 +58,10 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_runtime.topk, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_topk, lambda device: []),
+    },
+    "sinkhorn": {
+        "cuda": (None, _not_built),
+        "reference": (reference_sinkhorn, lambda device: []),
     },
 }
 
