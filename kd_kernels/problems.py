@@ -1,13 +1,14 @@
 """The contract between the Sinkhorn driver and its kernel. csrc/sinkhorn.h states the same for C++.
 
-A problem is a cost ``C [n, m]`` and two marginals. The kernel keeps logarithms ``phi [n]`` and ``psi [m]`` of the
-scalings; the plan is ``P_ij = exp(phi_i + psi_j - C_ij / epsilon)``. A half-step makes one of its marginals right:
+A problem is a cost ``C [n, m]`` and two marginals. The kernel keeps logarithms ``phi [n]`` and ``psi [m]`` of
+the scalings; the plan is ``P_ij = exp(phi_i + psi_j - C_ij / epsilon)``. A half-step makes one of its
+marginals right:
 
     rows:     phi_i = log a_i - logsumexp_j(psi_j - C_ij / epsilon)
     columns:  psi_j = log b_j - logsumexp_i(phi_i - C_ij / epsilon)
 
-from ``psi = 0``, the row step first. An entry with marginal 0 is absent: its potential is -inf, no plan and no
-gradient reaches it, and whatever the cost holds there is never used. An infinite cost forbids its pair.
+from ``psi = 0``, the row step first. An entry with marginal 0 is absent: its potential is -inf, no plan and
+no gradient reaches it, and whatever the cost holds there is never used. An infinite cost forbids its pair.
 
 Source: Cuturi 2013; the adjoints are derived in docs/sinkhorn.md.
 """
@@ -34,8 +35,8 @@ NUMBER_COLUMNS = 5
 # Values of the column STATUS.
 SOLVED, INFEASIBLE, OUT_OF_ROOM = range(3)
 
-# The largest (cost - the row's least cost) / epsilon for which AUTO takes scalings: exp(-60) is 1e-26, which leaves
-# float32's 1e-38 some room for sums of scalings.
+# The largest (cost - the row's least cost) / epsilon for which AUTO takes scalings: exp(-60) is 1e-26, which
+# leaves float32's 1e-38 some room for sums of scalings.
 SCALING_ROOM = 60.0
 # Of the implicit adjoint's conjugate gradients: steps at most, and the fall of the residual that is enough.
 CG_STEPS, CG_TOLERANCE = 1000, 1e-10
@@ -55,7 +56,10 @@ class SinkhornJob:
     a: Tensor  # [B, n] >= 0
     b: Tensor  # [B, m] >= 0
     epsilons: Tensor  # [iterations] float64 on the host: of each iteration
-    tolerance: float  # ends where the rows' L1 error is at most this share of the mass; 0: never
+    # Ends where the rows' L1 error is at most this share of the mass; 0: never. Looked at before the row step
+    # of every iteration but the first that is at the last epsilon as the one before it was: what a schedule's
+    # earlier epsilons solve is another problem.
+    tolerance: float
     domain: int
     # Results of SOLVE, read by the others.
     phi: Tensor  # [B, n]
@@ -70,11 +74,19 @@ class SinkhornJob:
     d_psi: Optional[Tensor] = None  # [B, m]
     # Also in IMPLICIT: what arrives at <P, C> as if P were constant, [B].
     d_value: Optional[Tensor] = None
-    # Results of UNROLLED: gradients of the cost, log a and log b; of IMPLICIT: of the cost, a and b, the last two
-    # up to a constant that one gains and the other loses.
+    # Results of UNROLLED: gradients of the cost, log a and log b; of IMPLICIT: of the cost, a and b, the last
+    # two up to a constant that one gains and the other loses.
     d_cost: Optional[Tensor] = None  # [B, n, m]
     d_a: Optional[Tensor] = None  # [B, n]
     d_b: Optional[Tensor] = None  # [B, m]
+
+    def looks(self, step: int) -> bool:
+        """Whether the tolerance is looked at before ``step``."""
+        return (
+            self.tolerance > 0
+            and step > 0
+            and bool((self.epsilons[step - 1 : step + 1] == self.epsilons[-1]).all())
+        )
 
     @property
     def iterations(self) -> int:

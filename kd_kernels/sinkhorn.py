@@ -23,16 +23,18 @@ _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 @dataclass(frozen=True)
 class Transport:
-    """What :func:`sinkhorn` found. ``[...]`` is ``[B]``, or nothing for a single problem; float32, float64 for
-    float64 costs. ``transport_cost``, ``value`` and ``plan`` carry gradients, as far as ``gradient`` says."""
+    """What :func:`sinkhorn` found. ``[...]`` is ``[B]``, or nothing for a single problem; float32, float64
+    for float64 costs. ``transport_cost``, ``value`` and ``plan`` carry gradients, as far as ``gradient``
+    says."""
 
     transport_cost: Tensor
     """``[...]``: ``<P, C>``."""
     value: Tensor
-    """``[...]``: ``<P, C> + epsilon KL(P | a b')`` at a solution; before one, ``<a, f> + <b, g>``, which is less."""
+    """``[...]``: ``<P, C> + epsilon KL(P | a b')`` at a solution; before one, ``<a, f> + <b, g>``, which is
+    less."""
     f: Tensor
-    """``[..., n]``: potentials of the rows in units of the cost, ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon)``;
-    0 where ``a`` is."""
+    """``[..., n]``: potentials of the rows in units of the cost, ``P_ij = a_i b_j exp((f_i + g_j - C_ij) /
+    epsilon)``; 0 where ``a`` is."""
     g: Tensor
     """``[..., m]``: likewise of the columns."""
     marginal_error: Tensor
@@ -40,8 +42,9 @@ class Transport:
     iterations: Tensor
     """``[...]`` int64: iterations taken."""
     product_gap: Tensor
-    """``[...]``: how far the plan is from the product coupling ``a b'``, ``KL(P | a b')`` in nats of P and ab' as
-    distributions. Near 0, epsilon is so large that the transport cost is the mean cost, whatever is close to what."""
+    """``[...]``: how far the plan is from the product coupling ``a b'``, ``KL(P | a b')`` in nats of P and
+    ab' as distributions. Near 0, epsilon is so large that the transport cost is the mean cost, whatever is
+    close to what."""
     plan: Optional[Tensor] = None
     """``[..., n, m]``, where asked for."""
 
@@ -67,35 +70,37 @@ def sinkhorn(
     alternate scaling of rows and columns.
 
     Args:
-        cost: ``[n, m]`` or ``[B, n, m]``; with marginals ``[B, n]`` or ``[B, m]`` an ``[n, m]`` cost is shared by B
-            problems and never repeated. float32, bfloat16, float16 (the iterations are in float32) or float64.
-            ``inf`` forbids a pair.
-        a, b: ``[n]`` or ``[B, n]``, and ``[m]`` or ``[B, m]``; >= 0, of the same mass. An entry of 0 is absent:
-            whatever the cost holds there is not used. None: equal for all entries, see ``mass``.
+        cost: ``[n, m]`` or ``[B, n, m]``; with marginals ``[B, n]`` or ``[B, m]`` an ``[n, m]`` cost is
+            shared by B problems and never repeated. float32, bfloat16, float16 (the iterations are in
+            float32) or float64. ``inf`` forbids a pair.
+        a, b: ``[n]`` or ``[B, n]``, and ``[m]`` or ``[B, m]``; >= 0, of the same mass. An entry of 0 is
+            absent: whatever the cost holds there is not used. None: equal for all entries, see ``mass``.
         epsilon: > 0, in units of the cost.
         iterations: how many (row and column step together); with ``tolerance`` at most so many. Default 1000
             at most.
-        tolerance: ends where the marginals' L1 error is at most this share of the mass. None with ``iterations``
-            given: never, all are done (the form of published losses). None without: 1e-5, 1e-9 in float64.
-        lengths: ``[B, 2]`` integers or a pair of ``[B]``: the rows and columns that problem b has; what is beyond
-            is absent.
-        domain: ``"scaling"`` iterates on scalings, one multiplication per entry, ``"log"`` on their logarithms, an
-            exponential per entry, for any cost. ``"auto"``: scalings where a row's costs span at most 60 epsilon.
+        tolerance: ends where the marginals' L1 error is at most this share of the mass. None with
+            ``iterations`` given: never, all are done (the form of published losses). None without: 1e-5, 1e-9
+            in float64.
+        lengths: ``[B, 2]`` integers or a pair of ``[B]``: the rows and columns that problem b has; what is
+            beyond is absent.
+        domain: ``"scaling"`` iterates on scalings, one multiplication per entry, ``"log"`` on their
+            logarithms, an exponential per entry, for any cost. ``"auto"``: scalings where a row's costs span
+            at most 60 epsilon.
         order: which half-step comes first. The marginal of the second one is exact.
         mass: what marginals not given sum to: ``"probability"`` to 1, ``"unit"`` each entry is 1.
-        gradient: ``"implicit"``: of the solution, by one linear system per problem; right for ``transport_cost``
-            and ``plan``, and for ``value`` the envelope. ``"envelope"``: ``value`` only, the others carry none.
-            ``"unrolled"``: of the number returned, back through all iterations, as published losses have it;
-            needs ``iterations`` without ``tolerance``. To marginals they are right up to a constant that one
-            gains and the other loses.
+        gradient: ``"implicit"``: of the solution, by one linear system per problem; right for
+            ``transport_cost`` and ``plan``, and for ``value`` the envelope. ``"envelope"``: ``value`` only,
+            the others carry none. ``"unrolled"``: of the number returned, back through all iterations, as
+            published losses have it; needs ``iterations`` without ``tolerance``. To marginals they are right
+            up to a constant that one gains and the other loses.
         epsilon_schedule: epsilons of iterations that go ahead of all, one each, such as ``[1.0, 0.5, 0.2]``.
         return_plan: also return the plan, ``[B, n, m]`` also where the cost is shared.
         backend: name of a backend, or None for the first that serves the call.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit. On CPU also: a marginal that cannot be met because
-            its pairs are forbidden, costs too far apart for ``domain="scaling"``, NaN in the cost. On a GPU, where
-            looking would wait, such a problem's numbers are NaN or infinite.
+        ValueError, TypeError: an argument that does not fit. On CPU also: a marginal that cannot be met
+            because its pairs are forbidden, costs too far apart for ``domain="scaling"``, NaN in the cost. On
+            a GPU, where looking would wait, such a problem's numbers are NaN or infinite.
         BackendUnavailable: the named backend cannot serve the call.
 
     Source: Cuturi 2013, "Sinkhorn Distances"; gradients: docs/sinkhorn.md.
@@ -112,8 +117,8 @@ def sinkhorn(
     exact = tolerance is None and iterations is not None
     if gradient == "unrolled" and (not exact or epsilon_schedule):
         raise ValueError(
-            'gradient="unrolled" needs iterations= without tolerance= or epsilon_schedule=: it goes back through '
-            "a fixed number of steps"
+            'gradient="unrolled" needs iterations= without tolerance= or epsilon_schedule=: it goes back '
+            "through a fixed number of steps"
         )
     steps = _MOST_ITERATIONS if iterations is None else iterations
     if not isinstance(steps, int) or steps < 1:
@@ -148,9 +153,9 @@ def sinkhorn(
         "value": value,
         "f": potential(phi, a),
         "g": potential(psi, b),
-        "marginal_error": found[:, P.ERROR].to(state),
+        "marginal_error": found[:, P.ERROR].detach().to(state),
         "iterations": found[:, P.ITERATIONS].to(torch.int64),
-        "product_gap": found[:, P.GAP].to(state),
+        "product_gap": found[:, P.GAP].detach().to(state),
         "plan": plan if return_plan else None,
     }
     if single:
@@ -168,8 +173,8 @@ def sinkhorn_divergence(
     epsilon: float,
     **options,
 ) -> Tensor:
-    """The debiased divergence ``OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2`` of entropic values: 0 where both are the
-    same, which the value alone is not. Three solves.
+    """The debiased divergence ``OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2`` of entropic values: 0 where both are
+    the same, which the value alone is not. Three solves.
 
     Args:
         cost: ``[n, m]`` or ``[B, n, m]``, between the two.

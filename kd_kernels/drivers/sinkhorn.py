@@ -1,4 +1,4 @@
-"""How a batch of transport problems reaches the kernel: which side comes first, whether one cost is shared."""
+"""How a batch of transport problems reaches the kernel: which side is first, whether a cost is shared."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kd_kernels import problems as P
 from kd_kernels.backends import pick
 from kd_kernels.drivers.sinkhorn_shared import fits_scalings, shared_cost
 
-# Problems of one shared cost that go through the kernel at once where scalings have no room: their gradients of
-# the cost are [n, m] each before they are summed.
+# Problems of one shared cost that go through the kernel at once where scalings have no room: their gradients
+# of the cost are [n, m] each before they are summed.
 _SLAB_ENTRIES = 1 << 24
 
 
@@ -68,7 +68,8 @@ def solve(call: Call, history: bool) -> tuple[Potentials, Tensor]:
 def adjoint(
     call: Call, found: Potentials, arriving: Cotangents, phase: int, cost_gradient: bool
 ) -> tuple[Optional[Tensor], Tensor, Tensor]:
-    """Gradients of (cost in the state's dtype or None, a, b): see :class:`kd_kernels.problems.SinkhornJob`."""
+    """Gradients of (cost in the state's dtype or None, a, b), see
+    :class:`kd_kernels.problems.SinkhornJob`."""
     numbers = torch.zeros(call.a.shape[0], P.NUMBER_COLUMNS, dtype=torch.float64, device=call.a.device)
     results = (
         torch.zeros(call.cost.shape, dtype=call.a.dtype, device=call.a.device),

@@ -1,8 +1,8 @@
 """One cost shared by many problems: every half-step of all of them is one matrix product.
 
-``U [B, n]`` and ``V [B, m]`` are the scalings of all problems, ``K`` the kernel ``exp(-(C - row's least) / epsilon)``
-that they share: ``U = a / (V K')``, ``V = b / (U K)``. Nothing is ever ``[B, n, m]``. It takes the jobs of the
-kernel (:class:`kd_kernels.problems.SinkhornJob`), except that ``d_cost`` is ``[n, m]``.
+``U [B, n]`` and ``V [B, m]`` are the scalings of all problems, ``K`` the kernel ``exp(-(C - row's least) /
+epsilon)`` that they share: ``U = a / (V K')``, ``V = b / (U K)``. Nothing is ever ``[B, n, m]``. It takes the
+jobs of the kernel (:class:`kd_kernels.problems.SinkhornJob`), except that ``d_cost`` is ``[n, m]``.
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ def _above(cost: Tensor) -> Tensor:
 
 @contextmanager
 def _ieee_products(device: torch.device) -> Iterator[None]:
-    """Without TF32, in which scalings would stop converging at 1e-3."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """Products of float32 as float32: without autocast, and without TF32 or bfloat16 in their place, in which
+    scalings would stop converging at 1e-3."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 def shared_cost(job: P.SinkhornJob, phases: int) -> None:
@@ -80,15 +79,15 @@ class _Shared:
         v = (job.b > 0).to(job.b.dtype)
         u, done = torch.zeros_like(job.a), torch.zeros_like(job.a[:, 0], dtype=torch.bool)
         taken = torch.zeros_like(job.numbers[:, 0])
-        # In the column ``1 / epsilon`` changes, so does the kernel: scalings are kept as potentials between.
+        # Another epsilon is another kernel, and v the same potentials in another unit.
         before = self.epsilon if job.iterations == 0 else float(job.epsilons[0])
         for step, epsilon in enumerate(job.epsilons.tolist()):
             if step == 0 or epsilon != before:
                 kernel = self.kernel if epsilon == self.epsilon else (self.above / -epsilon).exp()
-                v = v ** (before / epsilon)
+                v = torch.where(done[:, None], v, v ** (before / epsilon))
                 before = epsilon
             sums = v @ kernel.t()
-            if job.tolerance > 0 and step > 0:
+            if job.looks(step):
                 done = done | ((u * sums - job.a).abs().sum(1) <= job.tolerance * job.a.sum(1))
                 if job.a.device.type == "cpu" and bool(done.all()):
                     break

@@ -40,8 +40,8 @@ def _check_marginals(a: Tensor, b: Tensor) -> None:
     if bool(apart.any()):
         first = int(apart.nonzero()[0])
         raise ValueError(
-            f"a and b must have the same mass; those of problem {first} sum to {masses[0, first].item():.6g} and "
-            f"{masses[1, first].item():.6g}"
+            f"a and b must have the same mass; those of problem {first} sum to "
+            f"{masses[0, first].item():.6g} and {masses[1, first].item():.6g}"
         )
 
 
@@ -49,7 +49,8 @@ def _check_outcome(numbers: Tensor) -> None:
     for status, message in (
         (
             P.INFEASIBLE,
-            "has a row or column with mass whose pairs are all forbidden (infinite cost, or other side without mass)",
+            "has a row or column with mass whose pairs are all forbidden (infinite cost, or the other side "
+            "without mass)",
         ),
         (
             P.OUT_OF_ROOM,
@@ -81,8 +82,8 @@ def sinkhorn(*arguments):
         plan: whether the plan is wanted.
 
     Returns:
-        phi ``[B, n]``, psi ``[B, m]``, transport cost ``[B]``, value ``[B]``, plan ``[B, n, m]`` (or empty) in the
-        dtype of ``a``, numbers ``[B, 5]`` float64, histories of phi and psi (or empty).
+        phi ``[B, n]``, psi ``[B, m]``, transport cost ``[B]``, value ``[B]``, plan ``[B, n, m]`` (or empty)
+        in the dtype of ``a``, numbers ``[B, 5]`` float64, histories of phi and psi (or empty).
     """
     values = dict(zip(_ARGUMENTS, arguments))
     call = _unpack(values)
@@ -127,8 +128,8 @@ def _(*arguments):
 @torch.library.custom_op(
     "kd_kernels::sinkhorn_backward",
     mutates_args=(),
-    schema=f"(Tensor? d_transport, Tensor? d_value, Tensor? d_plan, Tensor phi, Tensor psi, Tensor phi_history, "
-    f"Tensor psi_history, bool cost_gradient, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor? d_transport, Tensor? d_value, Tensor? d_plan, Tensor phi, Tensor psi, "
+    f"Tensor phi_history, Tensor psi_history, bool cost_gradient, {_CALL}) -> (Tensor, Tensor, Tensor)",
 )
 def sinkhorn_backward(
     d_transport, d_value, d_plan, phi, psi, phi_history, psi_history, cost_gradient, *arguments
@@ -139,8 +140,8 @@ def sinkhorn_backward(
     found = Potentials(phi, psi, phi_history if unrolled else None, psi_history if unrolled else None)
     epsilon = float(call.epsilons[-1])
     arriving = Cotangents(d_transport, d_plan, d_value)
-    # value = epsilon sum a (phi - log a) + epsilon sum b (psi - log b); its partial derivatives, and the total ones
-    # at a solution.
+    # value = epsilon sum a (phi - log a) + epsilon sum b (psi - log b); its partial derivatives, and the
+    # total ones at a solution.
     masses, potentials = (call.a, call.b), (phi, psi)
     partial = [torch.zeros_like(x) for x in masses]
     if d_value is not None:

@@ -52,7 +52,8 @@ def _times(plan: Tensor, x: Tensor) -> Tensor:
 
 
 def product_gap(job: P.SinkhornJob, sums: Tensor, epsilon: float) -> Tensor:
-    """The column GAP, of the plan's row sums: log(P / ab') is (f + g - C) / epsilon, so nothing has n m terms."""
+    """The column GAP, of the plan's row sums: log(P / ab') is (f + g - C) / epsilon, so no sum has n m
+    terms."""
 
     def part(sums: Tensor, potential: Tensor, mass: Tensor) -> Tensor:
         return torch.where(mass == 0, 0.0, sums * (potential.double() - mass.double().log())).sum(1)
@@ -77,10 +78,10 @@ def _solve(job: P.SinkhornJob) -> None:
     taken = torch.zeros(job.a.shape[0], dtype=torch.float64, device=cost.device)
     epsilons, mass = job.epsilons.tolist(), job.a.sum(1)
     for step, (before, epsilon) in enumerate(zip(epsilons[:1] + epsilons, epsilons)):
-        psi = psi * (before / epsilon)  # the same potential in the new unit
+        psi = torch.where(done[:, None], psi, psi * (before / epsilon))  # the same potential in the new unit
         scaled = cost / epsilon
         sums = _log_sum(psi[:, None, :] - scaled, 2)
-        if job.tolerance > 0 and step > 0:
+        if job.looks(step):
             error = ((phi + sums).exp() - job.a).abs().nan_to_num(0.0).sum(1)
             done = done | (error <= job.tolerance * mass)
         new_phi = _step(log_a, sums)
@@ -160,8 +161,9 @@ def _implicit(job: P.SinkhornJob) -> None:
 def sensitivities(
     times: Product, times_transposed: Product, by_row: Tensor, by_column: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(x, y) with ``diag(P1) x + P y = by_row`` and ``P'x + diag(P'1) y = by_column``, ``times`` being y -> P y: by
-    conjugate gradients on y's equation, preconditioned by ``P'1``. It is singular along constants, consistent."""
+    """(x, y) with ``diag(P1) x + P y = by_row`` and ``P'x + diag(P'1) y = by_column``, ``times`` being y -> P
+    y: by conjugate gradients on y's equation, preconditioned by ``P'1``. It is singular along constants,
+    consistent."""
     rows, columns = times(torch.ones_like(by_column)), times_transposed(torch.ones_like(by_row))
     per_row, per_column = (torch.where(x > 0, 1 / x, 0.0) for x in (rows, columns))
     residual = by_column - times_transposed(by_row * per_row)
