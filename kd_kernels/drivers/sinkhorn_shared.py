@@ -35,13 +35,23 @@ def _above(cost: Tensor) -> Tensor:
 def _ieee_products(device: torch.device) -> Iterator[None]:
     """Products of float32 as float32: without autocast, and without TF32 or bfloat16 in their place, in which
     scalings would stop converging at 1e-3."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    library = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    with torch.autocast(device.type, enabled=False):
+        if hasattr(
+            library, "fp32_precision"
+        ):  # torch >= 2.9, whose older setting refuses to be mixed with it
+            before, library.fp32_precision = library.fp32_precision, "ieee"
+            try:
+                yield
+            finally:
+                library.fp32_precision = before
+        else:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
 
 
 def shared_cost(job: P.SinkhornJob, phases: int) -> None:
