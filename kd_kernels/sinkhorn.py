@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_kernels import problems as P
 from kd_kernels.arguments import number, refuse_transforms, saveable
+from kd_kernels.ops.checks import checks_values
 from kd_kernels.ops.sinkhorn import sinkhorn as _op
 
 ORDERS, MASSES = ("rows_columns", "columns_rows"), ("probability", "unit")
@@ -106,7 +107,9 @@ def sinkhorn(
     Source: Cuturi 2013, "Sinkhorn Distances"; gradients: docs/sinkhorn.md.
     """
     _check_options(cost, domain, order, mass, gradient, backend)
-    _check_epsilon(epsilon)
+    _check_positive("epsilon", epsilon)
+    if tolerance is not None:
+        _check_positive("tolerance", tolerance)
     refuse_transforms("kd_kernels.sinkhorn", cost, *(x for x in (a, b) if x is not None))
     state = torch.float64 if cost.dtype == torch.float64 else torch.float32
     single = cost.dim() == 2 and all(x is None or x.dim() == 1 for x in (a, b)) and lengths is None
@@ -128,8 +131,6 @@ def sinkhorn(
         raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
     epsilons = torch.cat([torch.tensor(ahead, dtype=torch.float64), number(epsilon).expand(steps)])
     limit = 0.0 if exact else _TOLERANCES[state] if tolerance is None else tolerance
-    if not exact and not limit > 0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance!r}")
     phi, psi, transport, value, plan, found, *_ = _op(
         saveable(cost),
         saveable(a),
@@ -219,11 +220,11 @@ def _check_options(
         raise TypeError(f"backend must be a name or None, got {backend!r}")
 
 
-def _check_epsilon(epsilon: float) -> None:
-    if not isinstance(epsilon, numbers.Real):
-        raise TypeError(f"epsilon must be a number, got {type(epsilon).__name__}")
-    if not torch.compiler.is_compiling() and not 0 < epsilon < float("inf"):
-        raise ValueError(f"epsilon must be finite and > 0, got {epsilon}")
+def _check_positive(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
 def _pair(lengths: Union[Tensor, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -236,6 +237,16 @@ def _pair(lengths: Union[Tensor, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     ):
         return tuple(lengths)
     raise ValueError("lengths must be [B, 2] integers or a pair of [B] tensors: rows, columns")
+
+
+def _check_lengths(lengths: Tensor, size: int, what: str) -> None:
+    if lengths.dtype.is_floating_point or lengths.dim() != 1:
+        raise TypeError(f"lengths must be integers [B], got {lengths.dtype} {tuple(lengths.shape)}")
+    if torch.compiler.is_compiling() or not checks_values(lengths.device):
+        return  # beyond the size is as much as the size
+    wrong = lengths[(lengths < 0) | (lengths > size)]
+    if wrong.numel():
+        raise ValueError(f"lengths must be in [0, {size}], the {what} of the cost, got {wrong[0].item()}")
 
 
 def _batch(cost: Tensor, a: Optional[Tensor], b: Optional[Tensor], lengths) -> int:
@@ -261,8 +272,7 @@ def _marginals(
     for name, value, size, length in zip("ab", given, cost.shape[-2:], pair):
         present = None
         if length is not None:
-            if length.dtype.is_floating_point or length.dim() != 1:
-                raise TypeError(f"lengths must be integers [B], got {length.dtype} {tuple(length.shape)}")
+            _check_lengths(length, size, "rows" if name == "a" else "columns")
             present = torch.arange(size, device=cost.device) < length.to(cost.device)[:, None]
         if value is None:
             value = torch.ones(count, size, dtype=state, device=cost.device)

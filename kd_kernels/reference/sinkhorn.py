@@ -42,7 +42,7 @@ def _step(log_mass: Tensor, log_sum: Tensor) -> Tensor:
 
 
 def _plan(phi: Tensor, psi: Tensor, scaled: Tensor) -> Tensor:
-    present = (phi > -_INF)[:, :, None] & (psi > -_INF)[:, None, :]
+    present = (phi != -_INF)[:, :, None] & (psi != -_INF)[:, None, :]  # NaN stays NaN
     return torch.where(present, (phi[:, :, None] + psi[:, None, :] - scaled).exp(), 0.0)
 
 
@@ -91,7 +91,8 @@ def _solve(job: P.SinkhornJob) -> None:
         taken += ~done
         if job.phi_history is not None:
             job.phi_history[:, step], job.psi_history[:, step] = phi, psi
-    infeasible = (phi == _INF).any(1) | (psi == _INF).any(1)
+    forbidden = scaled == _INF
+    infeasible = (forbidden.all(2) & (job.a > 0)).any(1) | (forbidden.all(1) & (job.b > 0)).any(1)
     plan = _plan(phi, psi, scaled)
     job.phi.copy_(phi)
     job.psi.copy_(psi)
