@@ -60,6 +60,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "reference": (reference_topk, lambda device: []),
     },
     "sinkhorn": {
+        "cpu": (native.sinkhorn, _cpu_objections),
         "cuda": (None, _not_built),
         "reference": (reference_sinkhorn, lambda device: []),
     },

@@ -11,10 +11,11 @@ struct InstructionSet {
   const char* name;
   decltype(&baseline::gather) gather;
   decltype(&baseline::row_divergence) row_divergence;
+  decltype(&baseline::sinkhorn) sinkhorn;
   decltype(&baseline::topk) topk;
 };
 #define KD_INSTRUCTION_SET(isa) \
-  InstructionSet { #isa, isa::gather, isa::row_divergence, isa::topk }
+  InstructionSet { #isa, isa::gather, isa::row_divergence, isa::sinkhorn, isa::topk }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -44,6 +45,10 @@ void gather(const Gather& args, unsigned phases) {
 
 void row_divergence(const RowDivergence& args, unsigned phases) {
   if (args.n > 0) chosen().row_divergence(args, phases);
+}
+
+void sinkhorn(const Sinkhorn& args, unsigned phases) {
+  if (args.count > 0 && args.n > 0 && args.m > 0 && args.iterations > 0) chosen().sinkhorn(args, phases);
 }
 
 void topk(const Topk& args) {

@@ -2,6 +2,7 @@
 #pragma once
 #include "../gather.h"
 #include "../row_divergence.h"
+#include "../sinkhorn.h"
 #include "../topk.h"
 
 namespace kd {
@@ -9,6 +10,7 @@ namespace kd {
   namespace isa {                                                  \
   void gather(const Gather& args, unsigned phases);                \
   void row_divergence(const RowDivergence& args, unsigned phases); \
+  void sinkhorn(const Sinkhorn& args, unsigned phases);            \
   void topk(const Topk& args);                                     \
   }
 
