@@ -10,6 +10,8 @@ from workloads import (
     FLOOR,
     FLOOR_VOCAB_MAJOR,
     HEAD,
+    SINKHORN,
+    SINKHORN_SPEEDUP,
     SPARSE,
     SPARSE_OVER_FLOOR,
     SPARSE_SPEEDUP,
@@ -17,11 +19,12 @@ from workloads import (
     TARGET_SPEEDUP,
     WORKSPACE_BYTES,
     Shape,
+    SinkhornSize,
     SparseSize,
     target_ratio,
 )
 
-OURS = ("kd", "kd bf16 logits")
+OURS = ("kd", "kd bf16 logits", "kd implicit", "kd value")
 MEMORY_LIMIT = WORKSPACE_BYTES + TARGET_OVERHEAD_BYTES
 Cases = dict[str, dict[str, Row]]
 
@@ -223,6 +226,38 @@ def sparse_size(row: Row) -> SparseSize:
 
 def sparse_text(rows: Iterable[Row]) -> str:
     return aligned(SPARSE_HEADER, sparse_lines(rows))
+
+
+SINKHORN_HEADER = (
+    "what", "size", "dtype", "provider", "median [p20 .. p80]", "x yardstick", "worst error", "targets",
+)  # fmt: skip
+
+
+def sinkhorn_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    lines = []
+    for case in cases(rows).values():
+        pot = median(case.get("pot"))
+        for row in case.values():
+            given, mine = row["case"], median(row)
+            size = SinkhornSize(*(given[x] for x in ("problems", "rows", "columns", "iterations", "shared")))
+            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            wanted = SINKHORN_SPEEDUP.get((given["what"], given["dtype"]))
+            full = SINKHORN[given["what"]] == size
+            if row["provider"] == "kd" and full and wanted is not None and None not in (mine, pot):
+                note = f"{'pass' if pot / mine >= wanted else 'FAIL'} pot >= {wanted:g}x"
+            error = row.get("error") or {}
+            lines.append(
+                (
+                    given["what"], f"{size.problems} x {size.rows} x {size.columns}, L = {size.iterations}",
+                    given["dtype"], row["provider"], spread(row, "seconds", seconds),
+                    ratio(median(row, "ratio_floor")), f"{error['worst']:.1e}" if error else "", note,
+                )
+            )  # fmt: skip
+    return lines
+
+
+def sinkhorn_text(rows: Iterable[Row]) -> str:
+    return aligned(SINKHORN_HEADER, sinkhorn_lines(rows))
 
 
 def scaling_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:

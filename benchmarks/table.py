@@ -17,6 +17,7 @@ from record import RESULTS, ROOT, Row, read_all
 from report import (
     OURS,
     SCALING_HEADER,
+    SINKHORN_HEADER,
     SPARSE_HEADER,
     absence,
     best_peer,
@@ -27,6 +28,7 @@ from report import (
     ratio,
     scaling_lines,
     seconds,
+    sinkhorn_lines,
     sparse_lines,
     verdicts,
 )
@@ -159,6 +161,15 @@ def sparse_markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def sinkhorn_markdown(rows: Sequence[Row]) -> str:
+    return (
+        "Entropic transport, forward and backward to the costs, at epsilon a tenth of their range. `kd`, "
+        "`torch` and `pot` go back through the iterations, `kd implicit` by the solution; `kd value` and "
+        "`geomloss` are of the entropic value, whose gradient is the plan. The yardstick is one read of the "
+        "costs.\n\n" + markdown(SINKHORN_HEADER, sinkhorn_lines(rows))
+    )
+
+
 def scaling_markdown(rows: Sequence[Row]) -> str:
     shown = [line for line in scaling_lines(rows) if line[4] in (*OURS, FLOOR)]
     return (
@@ -174,6 +185,7 @@ def readme_section(results: Path = RESULTS) -> str:
         ("head", memory_markdown),
         ("rows", rows_markdown),
         ("sparse", sparse_markdown),
+        ("sinkhorn", sinkhorn_markdown),
         ("scaling", scaling_markdown),
     )
     machines = read_all(results)

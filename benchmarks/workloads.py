@@ -102,12 +102,30 @@ class SparseSize:
     width: int = 0
 
 
+@dataclass(frozen=True)
+class SinkhornSize:
+    """Transport problems; ``shared``: of one cost."""
+
+    problems: int
+    rows: int
+    columns: int
+    iterations: int
+    shared: bool = False
+
+
 HEAD = Shape(2048, 32000)
 SPARSE = {"topk": SparseSize(64, 262144, 32), "sparse step": SparseSize(2048, 32000, 64, 512)}
 SPARSE_QUICK = {"topk": SparseSize(4, 3000, 8), "sparse step": SparseSize(48, 384, 8, 32)}
 # Promises about these sizes: time over the yardstick, and plain torch's time over ours.
 SPARSE_OVER_FLOOR = {"sparse step": 1.1}
 SPARSE_SPEEDUP = {("topk", "fp32"): 12.0}
+SINKHORN = {
+    "own costs": SinkhornSize(8, 256, 256, 20),
+    "one cost": SinkhornSize(64, 200, 200, 10, shared=True),
+}
+SINKHORN_QUICK = {"own costs": SinkhornSize(2, 9, 7, 20), "one cost": SinkhornSize(3, 9, 7, 20, shared=True)}
+# The promise about the first: POT's time over ours.
+SINKHORN_SPEEDUP = {("own costs", "fp32"): 8.0}
 QUICK = Shape(48, 384, 32, 48)
 
 

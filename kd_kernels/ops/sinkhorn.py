@@ -45,24 +45,25 @@ def _check_marginals(a: Tensor, b: Tensor) -> None:
         )
 
 
-def _check_outcome(numbers: Tensor) -> None:
-    for status, message in (
-        (
-            P.INFEASIBLE,
-            "has a row or column with mass whose pairs are all forbidden (infinite cost, or the other side "
-            "without mass)",
-        ),
-        (
-            P.OUT_OF_ROOM,
-            'has costs too far apart for this epsilon in scalings; domain="log" (or "auto") takes any',
-        ),
-    ):
-        found = (numbers[:, P.STATUS] == status).nonzero()
-        if found.numel():
-            raise ValueError(f"problem {int(found[0])} {message}")
-    lost = numbers[:, P.TRANSPORT].isnan().nonzero()
-    if lost.numel():
-        raise ValueError(f"cost holds NaN or -infinity in problem {int(lost[0])}")
+def _check_outcome(call: Call, numbers: Tensor) -> None:
+    failed = ((numbers[:, P.STATUS] != P.SOLVED) | numbers[:, P.TRANSPORT].isnan()).nonzero()
+    if not failed.numel():
+        return
+    first = int(failed[0])
+    cost = call.cost if call.cost.dim() == 2 else call.cost[first]
+    inner = cost[call.a[first] > 0][:, call.b[first] > 0]
+    # Before the status: what a kernel makes of NaN is its own affair.
+    if bool((inner.isnan() | (inner == -torch.inf)).any()):
+        raise ValueError(f"cost holds NaN or -infinity in problem {first}")
+    if numbers[first, P.STATUS] == P.INFEASIBLE:
+        raise ValueError(
+            f"problem {first} has a row or column with mass whose pairs are all forbidden (infinite cost, or "
+            f"the other side without mass)"
+        )
+    raise ValueError(
+        f"problem {first} has costs too far apart for this epsilon"
+        + (' in scalings; domain="log" (or "auto") takes any' if call.domain == P.SCALING else "")
+    )
 
 
 @torch.library.custom_op(
@@ -92,7 +93,7 @@ def sinkhorn(*arguments):
         _check_marginals(call.a, call.b)
     found, numbers = solve(call, history=values["unrolled"])
     if looks:
-        _check_outcome(numbers)
+        _check_outcome(call, numbers)
     epsilon = float(call.epsilons[-1])
     value = epsilon * sum(
         torch.where(mass == 0, 0.0, mass.double() * (potential.double() - mass.double().log())).sum(1)
@@ -108,7 +109,9 @@ def sinkhorn(*arguments):
 def _plan(call: Call, found: Potentials, epsilon: float) -> Tensor:
     present = (call.a > 0)[:, :, None] & (call.b > 0)[:, None, :]
     scaled = call.cost.to(call.a.dtype) / epsilon
-    return torch.where(present, (found.phi[:, :, None] + found.psi[:, None, :] - scaled).exp(), 0.0)
+    plan = torch.where(present, (found.phi[:, :, None] + found.psi[:, None, :] - scaled).exp(), 0.0)
+    # No more than the marginal that is exact: potentials of 1e30 round to anything.
+    return torch.minimum(plan, call.a[:, :, None] if call.columns_first else call.b[:, None, :])
 
 
 @sinkhorn.register_fake
