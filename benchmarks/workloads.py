@@ -124,6 +124,17 @@ class RelationalSize:
     width: int
 
 
+@dataclass(frozen=True)
+class SinkhornSize:
+    """Transport problems; ``shared``: of one cost."""
+
+    problems: int
+    rows: int
+    columns: int
+    iterations: int
+    shared: bool = False
+
+
 HEAD = Shape(2048, 32000)
 SPARSE = {"topk": SparseSize(64, 262144, 32), "sparse step": SparseSize(2048, 32000, 64, 512)}
 SPARSE_QUICK = {"topk": SparseSize(4, 3000, 8), "sparse step": SparseSize(48, 384, 8, 32)}
@@ -151,6 +162,14 @@ RELATIONAL = {
 RELATIONAL_QUICK = {name: RelationalSize(8, 24) for name in RELATIONAL}
 # The published form's time over ours, at these sizes.
 RELATIONAL_SPEEDUP = {"relational angle": 15.0, "class transport": 40.0}
+
+SINKHORN = {
+    "own costs": SinkhornSize(8, 256, 256, 20),
+    "one cost": SinkhornSize(64, 200, 200, 10, shared=True),
+}
+SINKHORN_QUICK = {"own costs": SinkhornSize(2, 9, 7, 20), "one cost": SinkhornSize(3, 9, 7, 20, shared=True)}
+# The promise about the first: POT's time over ours.
+SINKHORN_SPEEDUP = {("own costs", "fp32"): 8.0}
 QUICK = Shape(48, 384, 32, 48)
 
 

@@ -33,6 +33,7 @@ from kd_kernels.objectives import (  # noqa: E402
 )
 from kd_kernels.relational import relational_angle, relational_distance  # noqa: E402
 from kd_kernels.score import ModelScore, PairScore, Scores, score  # noqa: E402
+from kd_kernels.sinkhorn import Transport, sinkhorn, sinkhorn_divergence  # noqa: E402
 from kd_kernels.sources import Head, Logits, SparseTarget  # noqa: E402
 from kd_kernels.topk import Ranks, TopK, linear_rank, linear_topk  # noqa: E402
 from kd_kernels.transport import (  # noqa: E402
@@ -70,6 +71,7 @@ __all__ = [
     "TeacherRecord",
     "TopK",
     "TotalVariation",
+    "Transport",
     "TransportParts",
     "WeightedKL",
     "__version__",
@@ -90,4 +92,6 @@ __all__ = [
     "release_workspace",
     "score",
     "sequence_transport",
+    "sinkhorn",
+    "sinkhorn_divergence",
 ]

@@ -11,12 +11,13 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from kd_kernels.problems import SinkhornJob
 from kd_kernels.rows import AngleJob, GatherJob, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-_ABI_VERSION = 4  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_ABI_VERSION = 5  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
 _REBUILD = "run `pip install .` in the source tree with a C++ compiler"
 
 
@@ -121,6 +122,24 @@ def sorted_l1(job: SortedL1Job) -> None:
     scratch = torch.empty(args.threads * native.sorted_l1_scratch(args), dtype=torch.uint8)
     args.scratch = scratch.data_ptr()
     native.sorted_l1(args)
+
+
+def sinkhorn(job: SinkhornJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.sinkhorn`, compiled; a problem is one thread's."""
+    native = module()
+    args = native.Sinkhorn()
+    args.count, args.n, args.m = job.cost.shape
+    args.cost, args.cost_dtype = job.cost.data_ptr(), _DTYPES[job.cost.dtype]
+    args.cost_batch, args.cost_row = job.cost.stride()[:2]
+    args.wide = job.a.dtype == torch.float64
+    args.iterations, args.tolerance, args.domain = job.iterations, job.tolerance, job.domain
+    for name in (
+        "a", "b", "epsilons", "phi", "psi", "numbers", "phi_history", "psi_history", "d_transport", "d_value",
+        "d_plan", "d_phi", "d_psi", "d_cost", "d_a", "d_b",
+    ):  # fmt: skip
+        setattr(args, name, _address(getattr(job, name)))
+    args.threads = torch.get_num_threads()
+    native.sinkhorn(args, phases)
 
 
 def topk(job: TopkJob) -> None:

@@ -12,13 +12,15 @@ struct InstructionSet {
   decltype(&baseline::angle) angle;
   decltype(&baseline::gather) gather;
   decltype(&baseline::row_divergence) row_divergence;
+  decltype(&baseline::sinkhorn) sinkhorn;
   decltype(&baseline::sorted_l1) sorted_l1;
   decltype(&baseline::sorted_l1_scratch) sorted_l1_scratch;
   decltype(&baseline::topk) topk;
 };
-#define KD_INSTRUCTION_SET(isa)                                                                           \
-  InstructionSet {                                                                                        \
-    #isa, isa::angle, isa::gather, isa::row_divergence, isa::sorted_l1, isa::sorted_l1_scratch, isa::topk \
+#define KD_INSTRUCTION_SET(isa)                                                                                \
+  InstructionSet {                                                                                             \
+    #isa, isa::angle, isa::gather, isa::row_divergence, isa::sinkhorn, isa::sorted_l1, isa::sorted_l1_scratch, \
+        isa::topk                                                                                              \
   }
 
 InstructionSet choose() {
@@ -53,6 +55,10 @@ void gather(const Gather& args, unsigned phases) {
 
 void row_divergence(const RowDivergence& args, unsigned phases) {
   if (args.n > 0) chosen().row_divergence(args, phases);
+}
+
+void sinkhorn(const Sinkhorn& args, unsigned phases) {
+  if (args.count > 0 && args.n > 0 && args.m > 0 && args.iterations > 0) chosen().sinkhorn(args, phases);
 }
 
 void sorted_l1(const SortedL1& args) {

@@ -3,6 +3,7 @@
 #include "../angle.h"
 #include "../gather.h"
 #include "../row_divergence.h"
+#include "../sinkhorn.h"
 #include "../sorted_l1.h"
 #include "../topk.h"
 
@@ -12,6 +13,7 @@ namespace kd {
   void angle(const Angle& args);                                   \
   void gather(const Gather& args, unsigned phases);                \
   void row_divergence(const RowDivergence& args, unsigned phases); \
+  void sinkhorn(const Sinkhorn& args, unsigned phases);            \
   void sorted_l1(const SortedL1& args);                            \
   int64_t sorted_l1_scratch(const SortedL1& args);                 \
   void topk(const Topk& args);                                     \

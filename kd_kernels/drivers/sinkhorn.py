@@ -1,0 +1,156 @@
+"""How a batch of transport problems reaches the kernel: which side is first, whether a cost is shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kd_kernels import problems as P
+from kd_kernels.backends import pick
+from kd_kernels.drivers.sinkhorn_shared import fits_scalings, shared_cost
+
+# Problems of one shared cost that go through the kernel at once where scalings have no room: their gradients
+# of the cost are [n, m] each before they are summed.
+_SLAB_ENTRIES = 1 << 24
+
+
+@dataclass
+class Call:
+    """One call in plain values: what the op received."""
+
+    cost: Tensor  # [B, n, m], or [n, m] shared by all problems
+    a: Tensor  # [B, n]
+    b: Tensor  # [B, m]
+    epsilons: Tensor
+    tolerance: float
+    domain: int
+    columns_first: bool
+    backend: Optional[str]
+
+
+@dataclass
+class Potentials:
+    """Of B problems: what SOLVE gives and the adjoints read."""
+
+    phi: Tensor
+    psi: Tensor
+    phi_history: Optional[Tensor]
+    psi_history: Optional[Tensor]
+
+
+@dataclass
+class Cotangents:
+    """What arrives at the gradients; each may be None."""
+
+    transport: Optional[Tensor] = None
+    plan: Optional[Tensor] = None
+    value: Optional[Tensor] = None
+    phi: Optional[Tensor] = None
+    psi: Optional[Tensor] = None
+
+
+def solve(call: Call, history: bool) -> tuple[Potentials, Tensor]:
+    """(potentials, numbers ``[B, 5]``) of the call's problems."""
+    count = call.a.shape[0]
+
+    def keep(like: Tensor) -> Optional[Tensor]:
+        return like.new_zeros(count, call.epsilons.numel(), like.shape[1]) if history else None
+
+    found = Potentials(torch.zeros_like(call.a), torch.zeros_like(call.b), keep(call.a), keep(call.b))
+    numbers = torch.zeros(count, P.NUMBER_COLUMNS, dtype=torch.float64, device=call.a.device)
+    _run(call, found, Cotangents(), P.SOLVE, numbers, None)
+    return found, numbers
+
+
+def adjoint(
+    call: Call, found: Potentials, arriving: Cotangents, phase: int, cost_gradient: bool
+) -> tuple[Optional[Tensor], Tensor, Tensor]:
+    """Gradients of (cost in the state's dtype or None, a, b), see
+    :class:`kd_kernels.problems.SinkhornJob`."""
+    numbers = torch.zeros(call.a.shape[0], P.NUMBER_COLUMNS, dtype=torch.float64, device=call.a.device)
+    results = (
+        torch.zeros(call.cost.shape, dtype=call.a.dtype, device=call.a.device),
+        torch.zeros_like(call.a),
+        torch.zeros_like(call.b),
+    )
+    _run(call, found, arriving, phase, numbers, results)
+    d_cost, d_a, d_b = results
+    if phase == P.UNROLLED:  # of the logarithms
+        d_a, d_b = (torch.where(x == 0, 0.0, d / x) for d, x in ((d_a, call.a), (d_b, call.b)))
+    return d_cost if cost_gradient else None, d_a, d_b
+
+
+def _run(
+    call: Call,
+    found: Potentials,
+    arriving: Cotangents,
+    phase: int,
+    numbers: Tensor,
+    results: Optional[tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    name, kernel = pick("sinkhorn", call.a.device, call.backend)
+    if call.cost.numel() == 0 or call.a.numel() == 0:
+        return
+    flip, shared = call.columns_first, call.cost.dim() == 2
+    cost = call.cost.expand(call.a.shape[0], *call.cost.shape) if shared else call.cost
+    if flip:
+        cost = call.cost.t().contiguous().expand(cost.shape[0], -1, -1) if shared else cost.mT.contiguous()
+    elif cost.stride(2) != 1 and cost.shape[2] > 1:
+        cost = cost.contiguous()
+
+    def turned(first: Optional[Tensor], second: Optional[Tensor]) -> tuple:
+        return (second, first) if flip else (first, second)
+
+    zeros = call.a.new_zeros(call.a.shape[0])
+    a, b = turned(call.a, call.b)
+    phi, psi = turned(found.phi, found.psi)
+    phi_history, psi_history = turned(found.phi_history, found.psi_history)
+    job = P.SinkhornJob(
+        cost, a, b, call.epsilons, call.tolerance, call.domain, phi, psi, numbers, phi_history, psi_history
+    )
+    if results is not None:
+        job.d_transport, job.d_value = (
+            zeros if x is None else x.to(zeros.dtype).contiguous()
+            for x in (arriving.transport, arriving.value)
+        )
+        if arriving.plan is not None:
+            job.d_plan = (arriving.plan.mT if flip else arriving.plan).to(zeros.dtype).contiguous()
+        d_phi, d_psi = turned(arriving.phi, arriving.psi)
+        job.d_phi = torch.zeros_like(a) if d_phi is None else d_phi
+        job.d_psi = torch.zeros_like(b) if d_psi is None else d_psi
+        d_cost, d_a, d_b = results
+        job.d_a, job.d_b = turned(d_a, d_b)
+        job.d_cost = d_cost.mT.contiguous() if flip else d_cost
+    if not shared:
+        kernel(job, phase)
+    elif call.domain == P.SCALING or (
+        call.domain == P.AUTO and fits_scalings(cost[0], float(call.epsilons.min()))
+    ):
+        shared_cost(job, phase)
+    else:
+        _in_slabs(kernel, job, phase)
+    if results is not None and flip:
+        results[0].copy_(job.d_cost.mT)
+
+
+def _in_slabs(kernel, job: P.SinkhornJob, phase: int) -> None:
+    """A shared cost problem by problem, its gradient summed."""
+    step = max(1, _SLAB_ENTRIES // job.cost[0].numel())
+    for start in range(0, job.a.shape[0], step):
+        part = slice(start, start + step)
+        of_part = {
+            name: value[part]
+            for name, value in vars(job).items()
+            if isinstance(value, Tensor) and name not in ("epsilons", "d_cost")
+        }
+        slab = replace(job, **of_part)
+        if job.d_cost is not None:
+            slab.d_cost = torch.zeros_like(
+                slab.cost, dtype=job.a.dtype, memory_format=torch.contiguous_format
+            )
+        kernel(slab, phase)
+        if job.d_cost is not None:
+            job.d_cost += slab.d_cost.sum(0)

@@ -1,0 +1,93 @@
+"""The contract between the Sinkhorn driver and its kernel. csrc/sinkhorn.h states the same for C++.
+
+A problem is a cost ``C [n, m]`` and two marginals. The kernel keeps logarithms ``phi [n]`` and ``psi [m]`` of
+the scalings; the plan is ``P_ij = exp(phi_i + psi_j - C_ij / epsilon)``. A half-step makes one of its
+marginals right:
+
+    rows:     phi_i = log a_i - logsumexp_j(psi_j - C_ij / epsilon)
+    columns:  psi_j = log b_j - logsumexp_i(phi_i - C_ij / epsilon)
+
+from ``psi = 0``, the row step first. An entry with marginal 0 is absent: its potential is -inf, no plan and
+no gradient reaches it, and whatever the cost holds there is never used. An infinite cost forbids its pair.
+
+Source: Cuturi 2013; the adjoints are derived in docs/sinkhorn.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+# Phases.
+SOLVE, UNROLLED, IMPLICIT = 1, 2, 4
+# Domains: scalings, or their logarithms; AUTO takes scalings where they have room (see SCALING_ROOM).
+AUTO, SCALING, LOG = 0, 1, 2
+DOMAINS = ("auto", "scaling", "log")
+
+# Columns of ``numbers`` [B, 5], float64: <P, C>; the rows' L1 error; iterations taken; the divergence
+# KL(P | a b') of the plan from the product coupling, both as distributions; and
+TRANSPORT, ERROR, ITERATIONS, GAP, STATUS = range(5)
+NUMBER_COLUMNS = 5
+# Values of the column STATUS.
+SOLVED, INFEASIBLE, OUT_OF_ROOM = range(3)
+
+# The largest (cost - the row's least cost) / epsilon for which AUTO takes scalings: exp(-60) is 1e-26, which
+# leaves float32's 1e-38 some room for sums of scalings.
+SCALING_ROOM = 60.0
+# Of the implicit adjoint's conjugate gradients: steps at most, and the fall of the residual that is enough.
+CG_STEPS, CG_TOLERANCE = 1000, 1e-10
+
+
+def room(dtype: torch.dtype) -> float:
+    """The same beyond which scalings are refused where asked for: the least normal number's logarithm."""
+    return -math.log(torch.finfo(dtype).tiny)
+
+
+@dataclass
+class SinkhornJob:
+    """B problems of one size. Floats are float32, float64 for float64 costs ("the state's dtype") unless said
+    otherwise; everything but ``cost`` is contiguous."""
+
+    cost: Tensor  # [B, n, m], columns contiguous; any floating dtype; one cost for all has batch stride 0
+    a: Tensor  # [B, n] >= 0
+    b: Tensor  # [B, m] >= 0
+    epsilons: Tensor  # [iterations] float64 on the host: of each iteration
+    # Ends where the rows' L1 error is at most this share of the mass; 0: never. Looked at before the row step
+    # of every iteration but the first that is at the last epsilon as the one before it was: what a schedule's
+    # earlier epsilons solve is another problem.
+    tolerance: float
+    domain: int
+    # Results of SOLVE, read by the others.
+    phi: Tensor  # [B, n]
+    psi: Tensor  # [B, m]
+    numbers: Tensor  # [B, 5] float64; NaN where the cost holds NaN or -inf
+    phi_history: Optional[Tensor] = None  # [B, iterations, n]: after each row step
+    psi_history: Optional[Tensor] = None  # [B, iterations, m]: after each column step
+    # What arrives at the gradients of <P, C>, of P (or None), and, in UNROLLED, of phi and psi.
+    d_transport: Optional[Tensor] = None  # [B]
+    d_plan: Optional[Tensor] = None  # [B, n, m]
+    d_phi: Optional[Tensor] = None  # [B, n]
+    d_psi: Optional[Tensor] = None  # [B, m]
+    # Also in IMPLICIT: what arrives at <P, C> as if P were constant, [B].
+    d_value: Optional[Tensor] = None
+    # Results of UNROLLED: gradients of the cost, log a and log b; of IMPLICIT: of the cost, a and b, the last
+    # two up to a constant that one gains and the other loses.
+    d_cost: Optional[Tensor] = None  # [B, n, m]
+    d_a: Optional[Tensor] = None  # [B, n]
+    d_b: Optional[Tensor] = None  # [B, m]
+
+    def looks(self, step: int) -> bool:
+        """Whether the tolerance is looked at before ``step``."""
+        return (
+            self.tolerance > 0
+            and step > 0
+            and bool((self.epsilons[step - 1 : step + 1] == self.epsilons[-1]).all())
+        )
+
+    @property
+    def iterations(self) -> int:
+        return self.epsilons.numel()

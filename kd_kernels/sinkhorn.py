@@ -1,0 +1,295 @@
+"""Entropic optimal transport between small sets: the public calls."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from kd_kernels import problems as P
+from kd_kernels.arguments import number, refuse_transforms, saveable
+from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.sinkhorn import sinkhorn as _op
+
+ORDERS, MASSES = ("rows_columns", "columns_rows"), ("probability", "unit")
+GRADIENTS = ("implicit", "envelope", "unrolled")
+_MOST_ITERATIONS = 1000
+# Of the mass: what float32 reaches, and what is worth waiting for in float64.
+_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Transport:
+    """What :func:`sinkhorn` found. ``[...]`` is ``[B]``, or nothing for a single problem; float32, float64
+    for float64 costs. ``transport_cost``, ``value`` and ``plan`` carry gradients, as far as ``gradient``
+    says."""
+
+    transport_cost: Tensor
+    """``[...]``: ``<P, C>``."""
+    value: Tensor
+    """``[...]``: ``<P, C> + epsilon KL(P | a b')`` at a solution; before one, ``<a, f> + <b, g>``, which is
+    less."""
+    f: Tensor
+    """``[..., n]``: potentials of the rows in units of the cost, ``P_ij = a_i b_j exp((f_i + g_j - C_ij) /
+    epsilon)``; 0 where ``a`` is."""
+    g: Tensor
+    """``[..., m]``: likewise of the columns."""
+    marginal_error: Tensor
+    """``[...]``: L1 error of the marginal that the last half-step left inexact (the other one is exact)."""
+    iterations: Tensor
+    """``[...]`` int64: iterations taken."""
+    product_gap: Tensor
+    """``[...]``: how far the plan is from the product coupling ``a b'``, ``KL(P | a b')`` in nats of P and
+    ab' as distributions. Near 0, epsilon is so large that the transport cost is the mean cost, whatever is
+    close to what."""
+    plan: Optional[Tensor] = None
+    """``[..., n, m]``, where asked for."""
+
+
+def sinkhorn(
+    cost: Tensor,
+    a: Optional[Tensor] = None,
+    b: Optional[Tensor] = None,
+    *,
+    epsilon: float,
+    iterations: Optional[int] = None,
+    tolerance: Optional[float] = None,
+    lengths: Optional[Union[Tensor, tuple[Tensor, Tensor]]] = None,
+    domain: str = "auto",
+    order: str = "rows_columns",
+    mass: str = "probability",
+    gradient: str = "implicit",
+    epsilon_schedule: Optional[Sequence[float]] = None,
+    return_plan: bool = False,
+    backend: Optional[str] = None,
+) -> Transport:
+    """Entropic optimal transport, ``min <P, C> + epsilon KL(P | a b')`` over plans with marginals a and b, by
+    alternate scaling of rows and columns.
+
+    Args:
+        cost: ``[n, m]`` or ``[B, n, m]``; with marginals ``[B, n]`` or ``[B, m]`` an ``[n, m]`` cost is
+            shared by B problems and never repeated. float32, bfloat16, float16 (the iterations are in
+            float32) or float64. ``inf`` forbids a pair.
+        a, b: ``[n]`` or ``[B, n]``, and ``[m]`` or ``[B, m]``; >= 0, of the same mass. An entry of 0 is
+            absent: whatever the cost holds there is not used. None: equal for all entries, see ``mass``.
+        epsilon: > 0, in units of the cost.
+        iterations: how many (row and column step together); with ``tolerance`` at most so many. Default 1000
+            at most.
+        tolerance: ends where the marginals' L1 error is at most this share of the mass. None with
+            ``iterations`` given: never, all are done (the form of published losses). None without: 1e-5, 1e-9
+            in float64.
+        lengths: ``[B, 2]`` integers or a pair of ``[B]``: the rows and columns that problem b has; what is
+            beyond is absent.
+        domain: ``"scaling"`` iterates on scalings, one multiplication per entry, ``"log"`` on their
+            logarithms, an exponential per entry, for any cost. ``"auto"``: scalings where a row's costs span
+            at most 60 epsilon.
+        order: which half-step comes first. The marginal of the second one is exact.
+        mass: what marginals not given sum to: ``"probability"`` to 1, ``"unit"`` each entry is 1.
+        gradient: ``"implicit"``: of the solution, by one linear system per problem; right for
+            ``transport_cost`` and ``plan``, and for ``value`` the envelope. ``"envelope"``: ``value`` only,
+            the others carry none. ``"unrolled"``: of the number returned, back through all iterations, as
+            published losses have it; needs ``iterations`` without ``tolerance``. To marginals they are right
+            up to a constant that one gains and the other loses.
+        epsilon_schedule: epsilons of iterations that go ahead of all, one each, such as ``[1.0, 0.5, 0.2]``.
+        return_plan: also return the plan, ``[B, n, m]`` also where the cost is shared.
+        backend: name of a backend, or None for the first that serves the call.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit. On CPU also: a marginal that cannot be met
+            because its pairs are forbidden, costs too far apart for ``domain="scaling"``, NaN in the cost. On
+            a GPU, where looking would wait, such a problem's numbers are NaN or infinite.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Source: Cuturi 2013, "Sinkhorn Distances"; gradients: docs/sinkhorn.md.
+    """
+    _check_options(cost, domain, order, mass, gradient, backend)
+    _check_positive("epsilon", epsilon)
+    if tolerance is not None:
+        _check_positive("tolerance", tolerance)
+    refuse_transforms("kd_kernels.sinkhorn", cost, *(x for x in (a, b) if x is not None))
+    state = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    single = cost.dim() == 2 and all(x is None or x.dim() == 1 for x in (a, b)) and lengths is None
+    count = _batch(cost, a, b, lengths)
+    a, b = _marginals(cost, (a, b), lengths, count, mass, state)
+    if cost.dim() == 2 and single:
+        cost = cost[None]
+    exact = tolerance is None and iterations is not None
+    if gradient == "unrolled" and (not exact or epsilon_schedule):
+        raise ValueError(
+            'gradient="unrolled" needs iterations= without tolerance= or epsilon_schedule=: it goes back '
+            "through a fixed number of steps"
+        )
+    steps = _MOST_ITERATIONS if iterations is None else iterations
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"iterations must be a whole number > 0, got {iterations!r}")
+    ahead = [float(e) for e in epsilon_schedule or ()]
+    if any(not 0 < e < float("inf") for e in ahead):
+        raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
+    epsilons = torch.cat([torch.tensor(ahead, dtype=torch.float64), number(epsilon).expand(steps)])
+    limit = 0.0 if exact else _TOLERANCES[state] if tolerance is None else tolerance
+    phi, psi, transport, value, plan, found, *_ = _op(
+        saveable(cost),
+        saveable(a),
+        saveable(b),
+        epsilons,
+        number(limit),
+        P.DOMAINS.index(domain),
+        order == ORDERS[1],
+        gradient == "unrolled",
+        return_plan,
+        backend,
+    )
+    if gradient == "envelope":
+        transport, plan = transport.detach(), plan.detach()
+
+    def potential(log_scaling: Tensor, mass: Tensor) -> Tensor:
+        return torch.where(mass == 0, 0.0, epsilon * (log_scaling - mass.log())).detach()
+
+    results = {
+        "transport_cost": transport,
+        "value": value,
+        "f": potential(phi, a),
+        "g": potential(psi, b),
+        "marginal_error": found[:, P.ERROR].detach().to(state),
+        "iterations": found[:, P.ITERATIONS].to(torch.int64),
+        "product_gap": found[:, P.GAP].detach().to(state),
+        "plan": plan if return_plan else None,
+    }
+    if single:
+        results = {name: None if x is None else x[0] for name, x in results.items()}
+    return Transport(**results)
+
+
+def sinkhorn_divergence(
+    cost: Tensor,
+    cost_a: Tensor,
+    cost_b: Tensor,
+    a: Optional[Tensor] = None,
+    b: Optional[Tensor] = None,
+    *,
+    epsilon: float,
+    **options,
+) -> Tensor:
+    """The debiased divergence ``OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2`` of entropic values: 0 where both are
+    the same, which the value alone is not. Three solves.
+
+    Args:
+        cost: ``[n, m]`` or ``[B, n, m]``, between the two.
+        cost_a, cost_b: ``[.., n, n]`` and ``[.., m, m]``, of each with itself.
+        a, b, epsilon, options: as in :func:`sinkhorn`; ``lengths`` as a pair.
+
+    Returns:
+        ``[B]`` or 0-d, differentiable.
+
+    Source: Feydy et al. 2019, "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences".
+    """
+    lengths = options.pop("lengths", None)
+    of_rows, of_columns = (None, None) if lengths is None else _pair(lengths)
+
+    def value(cost: Tensor, a: Optional[Tensor], b: Optional[Tensor], rows, columns) -> Tensor:
+        pair = None if rows is None else (rows, columns)
+        return sinkhorn(cost, a, b, epsilon=epsilon, lengths=pair, **options).value
+
+    own = value(cost_a, a, a, of_rows, of_rows) + value(cost_b, b, b, of_columns, of_columns)
+    return value(cost, a, b, of_rows, of_columns) - own / 2
+
+
+# --- checks -------------------------------------------------------------------------------------------
+
+
+def _check_options(
+    cost: Tensor, domain: str, order: str, mass: str, gradient: str, backend: Optional[str]
+) -> None:
+    if not isinstance(cost, Tensor) or not cost.dtype.is_floating_point:
+        raise TypeError(f"cost must be a floating tensor, got {getattr(cost, 'dtype', type(cost).__name__)}")
+    if cost.dim() not in (2, 3):
+        raise ValueError(f"cost must be [n, m] or [B, n, m], got {tuple(cost.shape)}")
+    for name, value, known in (
+        ("domain", domain, P.DOMAINS),
+        ("order", order, ORDERS),
+        ("mass", mass, MASSES),
+        ("gradient", gradient, GRADIENTS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {backend!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
+def _pair(lengths: Union[Tensor, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if isinstance(lengths, Tensor) and lengths.dim() == 2 and lengths.shape[1] == 2:
+        return lengths[:, 0], lengths[:, 1]
+    if (
+        isinstance(lengths, (tuple, list))
+        and len(lengths) == 2
+        and all(isinstance(x, Tensor) for x in lengths)
+    ):
+        return tuple(lengths)
+    raise ValueError("lengths must be [B, 2] integers or a pair of [B] tensors: rows, columns")
+
+
+def _check_lengths(lengths: Tensor, size: int, what: str) -> None:
+    if lengths.dtype.is_floating_point or lengths.dim() != 1:
+        raise TypeError(f"lengths must be integers [B], got {lengths.dtype} {tuple(lengths.shape)}")
+    if torch.compiler.is_compiling() or not checks_values(lengths.device):
+        return  # beyond the size is as much as the size
+    wrong = lengths[(lengths < 0) | (lengths > size)]
+    if wrong.numel():
+        raise ValueError(f"lengths must be in [0, {size}], the {what} of the cost, got {wrong[0].item()}")
+
+
+def _batch(cost: Tensor, a: Optional[Tensor], b: Optional[Tensor], lengths) -> int:
+    counts = {x.shape[0] for x in (a, b) if isinstance(x, Tensor) and x.dim() == 2}
+    counts |= {cost.shape[0]} if cost.dim() == 3 else set()
+    counts |= {x.shape[0] for x in _pair(lengths)} if lengths is not None else set()
+    if len(counts) > 1:
+        raise ValueError(f"cost, a, b and lengths must agree on the number of problems, got {sorted(counts)}")
+    return counts.pop() if counts else 1
+
+
+def _marginals(
+    cost: Tensor,
+    given: tuple[Optional[Tensor], Optional[Tensor]],
+    lengths,
+    count: int,
+    mass: str,
+    state: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Both as ``[B, size]`` in the state's dtype, 0 beyond the lengths."""
+    both = []
+    pair = (None, None) if lengths is None else _pair(lengths)
+    for name, value, size, length in zip("ab", given, cost.shape[-2:], pair):
+        present = None
+        if length is not None:
+            _check_lengths(length, size, "rows" if name == "a" else "columns")
+            present = torch.arange(size, device=cost.device) < length.to(cost.device)[:, None]
+        if value is None:
+            value = torch.ones(count, size, dtype=state, device=cost.device)
+            if mass == "probability" and size > 0:
+                sums = size if present is None else present.sum(1, keepdim=True).clamp(min=1)
+                value = value / sums
+        else:
+            if mass == "unit":
+                raise ValueError(
+                    f'mass="unit" makes every entry 1; with {name}= given, leave it "probability"'
+                )
+            if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+                raise TypeError(f"{name} must be a floating tensor")
+            if value.device != cost.device:
+                raise ValueError(f"{name} is on {value.device}, the cost on {cost.device}")
+            if value.shape[-1:] != (size,) or value.dim() not in (1, 2):
+                raise ValueError(f"{name} must be [{size}] or [B, {size}], got {tuple(value.shape)}")
+            value = value.to(state).expand(count, size)
+        both.append(value if present is None else torch.where(present, value, 0.0))
+    return tuple(both)
