@@ -24,7 +24,7 @@ from workloads import (
     target_ratio,
 )
 
-OURS = ("kd", "kd bf16 logits", "kd implicit", "kd value")
+OURS = ("kd", "kd bf16 logits")
 MEMORY_LIMIT = WORKSPACE_BYTES + TARGET_OVERHEAD_BYTES
 Cases = dict[str, dict[str, Row]]
 
