@@ -19,7 +19,7 @@ from harness import Timed, run_rounds
 from providers import Unavailable, backend, by_name, forget_compiled, need
 from record import Row, Writer, rounded
 from registry import Bench
-from report import OURS, cases, median, ratio, seconds, spread
+from report import cases, median, ratio, seconds, spread
 from torch import Tensor
 from workloads import DTYPES, SINKHORN, SINKHORN_QUICK, SINKHORN_SPEEDUP, SinkhornSize
 
@@ -158,7 +158,7 @@ def run_case(
             found.update(status=reason.status, reason=reason.reason)
         except Exception as reason:  # a peer may fail in any way; its row says how
             found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
-        if provider in OURS:
+        if provider.startswith("kd"):
             found["backend"] = backend(by_name("kd"), device)
         outcome[provider] = found
     del truth
