@@ -15,6 +15,7 @@ import torch
 
 from kd_kernels import native, triton_runtime
 from kd_kernels.reference.gather import gather as reference_gather
+from kd_kernels.reference.pairwise_l1 import pairwise_l1 as reference_pairwise_l1
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
 from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
 from kd_kernels.reference.topk import topk as reference_topk
@@ -58,6 +59,10 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_runtime.topk, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_topk, lambda device: []),
+    },
+    "pairwise_l1": {
+        "cuda": (None, _not_built),
+        "reference": (reference_pairwise_l1, lambda device: []),
     },
     "sinkhorn": {
         "cuda": (None, _not_built),

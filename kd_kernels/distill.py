@@ -24,7 +24,8 @@ from kd_kernels.arguments import (
     valid_tokens,
 )
 from kd_kernels.backends import BackendUnavailable
-from kd_kernels.objectives import Objective
+from kd_kernels.batch_objectives import check_batch_options, sinkhorn_batch
+from kd_kernels.objectives import Objective, SinkhornBatch
 from kd_kernels.ops.row_divergence import row_divergence
 from kd_kernels.regather import gathers_of, regathering_row_divergence
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
@@ -68,6 +69,7 @@ def distill(
     num_items: Optional[Scalar] = None,
     vocab: str = "error",
     teacher_grad: bool = False,
+    groups: Optional[Tensor] = None,
     compact: bool = True,
     return_parts: bool = False,
     backend: Optional[str] = None,
@@ -96,11 +98,14 @@ def distill(
         hard_weight: weight of the cross-entropy (at temperature 1); needs ``labels`` unless 0.
         soft_weight: weight of the divergence.
         reduction: ``"mean"``: sum / max(tokens that count, 1), or / ``num_items``; ``"sum"``;
-            ``"batchmean"``: sum / size of the first dimension; ``"none"``: per token.
+            ``"batchmean"``: sum / size of the first dimension; ``"none"``: per token. The sum of an
+            objective that couples tokens is that over its groups.
         num_items: denominator of ``"mean"``, number or 0-d tensor (gradient accumulation).
         vocab: ``"error"`` refuses unequal vocabularies, ``"truncate"`` restricts both models to the
             common prefix before any normaliser.
         teacher_grad: also compute the teacher's gradients.
+        groups: integer, leading shape: which tokens form one problem of an objective that couples them
+            (:class:`SinkhornBatch`); None: all that count. On CUDA it takes host synchronisations.
         compact: drop tokens that do not count before any projection. On CUDA that takes one host
             synchronisation; False keeps every row, silences those that do not count, and never
             synchronises. Same result.
@@ -128,6 +133,7 @@ def distill(
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes, logits_dtype)
     lead, device = student.leading_shape, student.tensors()[0].device
     check_sources(student, teacher, vocab)
+    check_batch_options(objective, teacher, reduction, groups, token_weight, lead, device)
     gathers = gathers_of(student, teacher)  # before the sources are rebuilt without them
     sparse = isinstance(teacher, SparseTarget)
     if sparse:
@@ -165,6 +171,9 @@ def distill(
     run = row_divergence
     if deferred and any(gathers):
         run = functools.partial(regathering_row_divergence, gathers)
+    if isinstance(objective, SinkhornBatch):
+        weights = soft_weight, hard_weight
+        run = functools.partial(sinkhorn_batch, objective, student, teacher, gathers, groups, weights)
     loss, terms, *_ = run(
         *tensors,
         *(named if sparse else (None, None, "")),
