@@ -61,6 +61,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "reference": (reference_topk, lambda device: []),
     },
     "pairwise_l1": {
+        "cpu": (native.pairwise_l1, _cpu_objections),
         "cuda": (None, _not_built),
         "reference": (reference_pairwise_l1, lambda device: []),
     },

@@ -10,11 +10,12 @@ namespace {
 struct InstructionSet {
   const char* name;
   decltype(&baseline::gather) gather;
+  decltype(&baseline::pairwise_l1) pairwise_l1;
   decltype(&baseline::row_divergence) row_divergence;
   decltype(&baseline::topk) topk;
 };
 #define KD_INSTRUCTION_SET(isa) \
-  InstructionSet { #isa, isa::gather, isa::row_divergence, isa::topk }
+  InstructionSet { #isa, isa::gather, isa::pairwise_l1, isa::row_divergence, isa::topk }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -40,6 +41,10 @@ const InstructionSet& chosen() {
 
 void gather(const Gather& args, unsigned phases) {
   if (args.n > 0) chosen().gather(args, phases);
+}
+
+void pairwise_l1(const PairwiseL1& args, unsigned phases) {
+  if (args.n > 0) chosen().pairwise_l1(args, phases);
 }
 
 void row_divergence(const RowDivergence& args, unsigned phases) {

@@ -1,6 +1,7 @@
 // The kernels of each instruction set that *_kernel.cpp are compiled for.
 #pragma once
 #include "../gather.h"
+#include "../pairwise_l1.h"
 #include "../row_divergence.h"
 #include "../topk.h"
 
@@ -8,6 +9,7 @@ namespace kd {
 #define KD_DECLARE_KERNELS(isa)                                    \
   namespace isa {                                                  \
   void gather(const Gather& args, unsigned phases);                \
+  void pairwise_l1(const PairwiseL1& args, unsigned phases);       \
   void row_divergence(const RowDivergence& args, unsigned phases); \
   void topk(const Topk& args);                                     \
   }
