@@ -132,10 +132,11 @@ class Model : Strip<T> {
     this->move_to(row);
     const int entries = this->load(side_, v, z_) * kLanes<T>;
     const V max(statistics_[row * kPairwiseColumns + kPairwiseMax]), inverse(1.0 / side_.temperature[row]);
-    const V logz(statistics_[row * kPairwiseColumns + kPairwiseLogz]);
+    // Not exp(x - logz): that difference would round to a larger number's last digit.
+    const V share(__builtin_exp(-statistics_[row * kPairwiseColumns + kPairwiseLogz]));
     T* target = tile + row * kTileStride<T>;
     for (int at = 0; at < entries; at += V::kLanes)
-      exp((V::load(z_.at + at) - max) * inverse - logz).store(target + at);
+      (exp((V::load(z_.at + at) - max) * inverse) * share).store(target + at);
     return entries;
   }
 

@@ -57,8 +57,10 @@ def _differences(p: Tensor, q: Tensor):
 
 
 def _probabilities(z: Tensor, temperature: Tensor, statistics: Tensor) -> Tensor:
-    top, logz = (statistics[:, i, None].to(z.dtype) for i in (R.PAIRWISE_MAX, R.PAIRWISE_LOGZ))
-    return ((z - top) / temperature.to(z.dtype)[:, None] - logz).exp()
+    top = statistics[:, R.PAIRWISE_MAX, None].to(z.dtype)
+    # Not exp(x - logz): that difference would round to a larger number's last digit.
+    share = (-statistics[:, R.PAIRWISE_LOGZ, None]).exp().to(z.dtype)
+    return ((z - top) / temperature.to(z.dtype)[:, None]).exp() * share
 
 
 def _store(side: R.Rows, p: Tensor, signed: Tensor, means: Tensor, live: Tensor, z: Tensor) -> None:
