@@ -5,6 +5,7 @@
 #include "gemm.h"
 #include "pairwise_l1.h"
 #include "row_divergence.h"
+#include "sinkhorn.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -151,6 +152,42 @@ void def_topk(py::module_& module) {
   module.def("topk", &kd::topk, py::arg("args"), py::call_guard<py::gil_scoped_release>());
 }
 
+void def_sinkhorn(py::module_& module) {
+  using kd::Sinkhorn;
+  py::class_<Sinkhorn> args(module, "Sinkhorn");
+  args.def(py::init<>());
+  args.def_readwrite("count", &Sinkhorn::count);
+  args.def_readwrite("n", &Sinkhorn::n);
+  args.def_readwrite("m", &Sinkhorn::m);
+  def_pointer(args, "cost", &Sinkhorn::cost);
+  def_enum(args, "cost_dtype", &Sinkhorn::cost_dtype, kd::kDtypes);
+  args.def_readwrite("cost_batch", &Sinkhorn::cost_batch);
+  args.def_readwrite("cost_row", &Sinkhorn::cost_row);
+  args.def_readwrite("wide", &Sinkhorn::wide);
+  def_pointer(args, "a", &Sinkhorn::a);
+  def_pointer(args, "b", &Sinkhorn::b);
+  def_pointer(args, "epsilons", &Sinkhorn::epsilons);
+  args.def_readwrite("iterations", &Sinkhorn::iterations);
+  args.def_readwrite("tolerance", &Sinkhorn::tolerance);
+  args.def_readwrite("domain", &Sinkhorn::domain);
+  def_pointer(args, "phi", &Sinkhorn::phi);
+  def_pointer(args, "psi", &Sinkhorn::psi);
+  def_pointer(args, "numbers", &Sinkhorn::numbers);
+  def_pointer(args, "phi_history", &Sinkhorn::phi_history);
+  def_pointer(args, "psi_history", &Sinkhorn::psi_history);
+  def_pointer(args, "d_transport", &Sinkhorn::d_transport);
+  def_pointer(args, "d_value", &Sinkhorn::d_value);
+  def_pointer(args, "d_plan", &Sinkhorn::d_plan);
+  def_pointer(args, "d_phi", &Sinkhorn::d_phi);
+  def_pointer(args, "d_psi", &Sinkhorn::d_psi);
+  def_pointer(args, "d_cost", &Sinkhorn::d_cost);
+  def_pointer(args, "d_a", &Sinkhorn::d_a);
+  def_pointer(args, "d_b", &Sinkhorn::d_b);
+  args.def_readwrite("threads", &Sinkhorn::threads);
+
+  module.def("sinkhorn", &kd::sinkhorn, py::arg("args"), py::arg("phases"), py::call_guard<py::gil_scoped_release>());
+}
+
 void gemm_bf16(int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t b, int64_t b_row,
                int64_t b_col, uintptr_t c, int64_t ldc, bool accumulate, int threads) {
   kd::GemmBf16 args;
@@ -185,6 +222,7 @@ PYBIND11_MODULE(_native, module) {
   def_row_divergence(module);
   def_gather(module);
   def_pairwise_l1(module);
+  def_sinkhorn(module);
   def_topk(module);
   def_gemm(module);
 

@@ -66,6 +66,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "reference": (reference_pairwise_l1, lambda device: []),
     },
     "sinkhorn": {
+        "cpu": (native.sinkhorn, _cpu_objections),
         "cuda": (None, _not_built),
         "reference": (reference_sinkhorn, lambda device: []),
     },

@@ -11,6 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from kd_kernels.problems import SinkhornJob
 from kd_kernels.rows import GatherJob, PairwiseL1Job, RowJob, Rows, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -98,6 +99,24 @@ def gather(job: GatherJob, phases: int) -> None:
     args.hard_weight, args.at_ids = _address(job.hard_weight), _address(job.at_ids)
     args.threads = torch.get_num_threads()
     native.gather(args, phases)
+
+
+def sinkhorn(job: SinkhornJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.sinkhorn`, compiled; a problem is one thread's."""
+    native = module()
+    args = native.Sinkhorn()
+    args.count, args.n, args.m = job.cost.shape
+    args.cost, args.cost_dtype = job.cost.data_ptr(), _DTYPES[job.cost.dtype]
+    args.cost_batch, args.cost_row = job.cost.stride()[:2]
+    args.wide = job.a.dtype == torch.float64
+    args.iterations, args.tolerance, args.domain = job.iterations, job.tolerance, job.domain
+    for name in (
+        "a", "b", "epsilons", "phi", "psi", "numbers", "phi_history", "psi_history", "d_transport", "d_value",
+        "d_plan", "d_phi", "d_psi", "d_cost", "d_a", "d_b",
+    ):  # fmt: skip
+        setattr(args, name, _address(getattr(job, name)))
+    args.threads = torch.get_num_threads()
+    native.sinkhorn(args, phases)
 
 
 def topk(job: TopkJob) -> None:

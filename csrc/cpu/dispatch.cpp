@@ -12,10 +12,11 @@ struct InstructionSet {
   decltype(&baseline::gather) gather;
   decltype(&baseline::pairwise_l1) pairwise_l1;
   decltype(&baseline::row_divergence) row_divergence;
+  decltype(&baseline::sinkhorn) sinkhorn;
   decltype(&baseline::topk) topk;
 };
 #define KD_INSTRUCTION_SET(isa) \
-  InstructionSet { #isa, isa::gather, isa::pairwise_l1, isa::row_divergence, isa::topk }
+  InstructionSet { #isa, isa::gather, isa::pairwise_l1, isa::row_divergence, isa::sinkhorn, isa::topk }
 
 InstructionSet choose() {
   const char* requested = std::getenv("KD_KERNELS_ISA");
@@ -49,6 +50,10 @@ void pairwise_l1(const PairwiseL1& args, unsigned phases) {
 
 void row_divergence(const RowDivergence& args, unsigned phases) {
   if (args.n > 0) chosen().row_divergence(args, phases);
+}
+
+void sinkhorn(const Sinkhorn& args, unsigned phases) {
+  if (args.count > 0 && args.n > 0 && args.m > 0 && args.iterations > 0) chosen().sinkhorn(args, phases);
 }
 
 void topk(const Topk& args) {

@@ -3,6 +3,7 @@
 #include "../gather.h"
 #include "../pairwise_l1.h"
 #include "../row_divergence.h"
+#include "../sinkhorn.h"
 #include "../topk.h"
 
 namespace kd {
@@ -11,6 +12,7 @@ namespace kd {
   void gather(const Gather& args, unsigned phases);                \
   void pairwise_l1(const PairwiseL1& args, unsigned phases);       \
   void row_divergence(const RowDivergence& args, unsigned phases); \
+  void sinkhorn(const Sinkhorn& args, unsigned phases);            \
   void topk(const Topk& args);                                     \
   }
 

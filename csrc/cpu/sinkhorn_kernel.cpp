@@ -1,0 +1,335 @@
+// The Sinkhorn kernel for one instruction set: solving. A problem stays in one core's cache; an iteration is one walk
+// over it, in which each row is scaled and at once added to the columns' sums.
+#include "../sinkhorn.h"
+#include "isa.h"
+#include "sinkhorn_adjoint.h"
+
+namespace kd {
+namespace KD_ISA {
+namespace {
+
+template <class T>
+class Solver : Transport<T> {
+  using Base = Transport<T>;
+  using V = Vec<T>;
+  using Base::a_, Base::args_, Base::b_, Base::load_cost, Base::n_, Base::padded_, Base::phi_, Base::psi_;
+
+ public:
+  explicit Solver(const Sinkhorn& args)
+      : Base(args),
+        entries_(n_ * padded_),
+        least_(n_),
+        u_(n_),
+        next_u_(n_),
+        v_(padded_),
+        columns_(padded_),
+        part_(padded_),
+        row_(padded_) {}
+
+  void run(int64_t problem) {
+    this->move_to(problem);
+    numbers_ = args_.numbers + problem * kSinkhornNumbers;
+    for (int i = 0; i < kSinkhornNumbers; ++i) numbers_[i] = 0.0;
+    const double span = measure();
+    double least_epsilon = args_.epsilons[0];
+    for (int64_t i = 1; i < args_.iterations; ++i)
+      least_epsilon = args_.epsilons[i] < least_epsilon ? args_.epsilons[i] : least_epsilon;
+    const bool scaling =
+        args_.domain == kScalingDomain || (args_.domain == kAutoDomain && span <= kScalingRoom * least_epsilon);
+    if (scaling) {
+      iterate<true>();
+      potentials();
+    }
+    if (!scaling || (args_.domain == kAutoDomain && !finite())) {
+      infeasible_ = false;
+      iterate<false>();
+    }
+    finish();
+    const double room = sizeof(T) == 4 ? 87.3 : 708.3;
+    if (args_.domain == kScalingDomain && span > room * least_epsilon) {
+      numbers_[kStatus] = kOutOfRoom;
+    } else if (infeasible_) {
+      numbers_[kStatus] = kInfeasible;
+    }
+  }
+
+ private:
+  double epsilon() const { return args_.epsilons[args_.iterations - 1]; }
+
+  // Each row's least cost, and by how much the costs of a row exceed it at most.
+  double measure() {
+    T span = 0;
+    infeasible_ = false;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (a_[i] == 0) continue;
+      load_cost(i, row_.at);
+      T least = kInfinity<T>, most = -kInfinity<T>;
+      for (int64_t j = 0; j < padded_; ++j) {
+        least = row_.at[j] < least ? row_.at[j] : least;
+        most = row_.at[j] > most && row_.at[j] < kInfinity<T> ? row_.at[j] : most;
+      }
+      least_.at[i] = least < kInfinity<T> ? least : 0;
+      if (most > -kInfinity<T> && most - least > span) span = most - least;
+    }
+    return static_cast<double>(span);
+  }
+
+  // exp(-(cost - row's least) / epsilon), or cost / epsilon.
+  template <bool kScaling>
+  void build(double epsilon) {
+    const V inverse(1.0 / epsilon);
+    for (int64_t i = 0; i < n_; ++i) {
+      if (a_[i] == 0) continue;
+      T* row = entries_.at + i * padded_;
+      load_cost(i, row);
+      const V least(static_cast<double>(least_.at[i]));
+      for (int64_t j = 0; j < padded_; j += V::kLanes) {
+        const V cost = V::load(row + j);
+        (kScaling ? exp((least - cost) * inverse) : cost * inverse).store(row + j);
+      }
+    }
+  }
+
+  template <bool kScaling>
+  void iterate() {
+    double mass = 0.0;
+    for (int64_t i = 0; i < n_; ++i) {
+      mass += static_cast<double>(a_[i]);
+      u_.at[i] = kScaling ? T(0) : -kInfinity<T>;
+    }
+    for (int64_t j = 0; j < padded_; ++j)
+      v_.at[j] = b_.at[j] > 0 ? T(kScaling ? 1 : 0) : kScaling ? T(0) : -kInfinity<T>;
+    double before = 0.0;
+    numbers_[kIterations] = 0.0;
+    for (int64_t step = 0; step < args_.iterations; ++step) {
+      const double epsilon = args_.epsilons[step];
+      if (epsilon != before) {
+        build<kScaling>(epsilon);
+        if (step > 0) {  // the same potentials in the new unit
+          const double ratio = before / epsilon;
+          for (int64_t j = 0; j < padded_; ++j) {
+            if (!(b_.at[j] > 0)) continue;
+            const double value = static_cast<double>(v_.at[j]);
+            v_.at[j] = static_cast<T>(kScaling ? __builtin_pow(value, ratio) : value * ratio);
+          }
+        }
+        before = epsilon;
+      }
+      const double error = kScaling ? scale_rows() : step_rows();
+      if (args_.tolerance > 0 && step > 0 && error <= args_.tolerance * mass) return;
+      T* const used = u_.at;
+      u_.at = next_u_.at;
+      next_u_.at = used;
+      kScaling ? scale_columns() : step_columns();
+      numbers_[kIterations] += 1.0;
+      remember<kScaling>(step);
+    }
+  }
+
+  // Adds what this block of rows gave to the columns: sums of many rows are made of sums of few.
+  void flush() {
+    for (int64_t j = 0; j < padded_; j += V::kLanes) {
+      (V::load(columns_.at + j) + V::load(part_.at + j)).store(columns_.at + j);
+      V(0.0).store(part_.at + j);
+    }
+  }
+
+  // u = a / (K v) into next_u_, and the columns' sums of u K. Returns the error that u had.
+  double scale_rows() {
+    double error = 0.0;
+    columns_.fill(0);
+    part_.fill(0);
+    for (int64_t i = 0; i < n_; ++i) {
+      next_u_.at[i] = 0;
+      if (a_[i] == 0) continue;
+      const T* row = entries_.at + i * padded_;
+      const T sum = dot(row, v_.at, padded_);
+      infeasible_ = infeasible_ || sum == 0;
+      error += __builtin_fabs(static_cast<double>(u_.at[i] * sum - a_[i]));
+      next_u_.at[i] = a_[i] / sum;
+      add_scaled(part_.at, next_u_.at[i], row, padded_);
+      if (i % kBlock == kBlock - 1) flush();
+    }
+    flush();
+    return error;
+  }
+
+  void scale_columns() {
+    for (int64_t j = 0; j < padded_; ++j) {
+      if (!(b_.at[j] > 0)) continue;
+      infeasible_ = infeasible_ || columns_.at[j] == 0;
+      v_.at[j] = b_.at[j] / columns_.at[j];
+    }
+  }
+
+  // The same in logarithms. Once a row is right, no entry of the plan exceeds its mass: sums cannot overflow, and one
+  // exponential serves both.
+  double step_rows() {
+    double error = 0.0;
+    columns_.fill(0);
+    part_.fill(0);
+    for (int64_t i = 0; i < n_; ++i) {
+      next_u_.at[i] = -kInfinity<T>;
+      if (a_[i] == 0) continue;
+      const T* scaled = entries_.at + i * padded_;
+      V top(-kInfinity<double>);
+      for (int64_t j = 0; j < padded_; j += V::kLanes) {
+        const V z = V::load(v_.at + j) - V::load(scaled + j);
+        z.store(row_.at + j);
+        top = max_or_second(top, z);
+      }
+      const T max = largest_lane(top);
+      if (max == -kInfinity<T>) {
+        infeasible_ = true;
+        continue;
+      }
+      V sums(0.0);
+      const V reference(static_cast<double>(max));
+      for (int64_t j = 0; j < padded_; j += V::kLanes) {
+        const V e = exp(V::load(row_.at + j) - reference);
+        e.store(row_.at + j);
+        sums = sums + e;
+      }
+      const T sum = sum_lanes(sums);
+      const double log_sum = static_cast<double>(max) + __builtin_log(static_cast<double>(sum));
+      error += __builtin_fabs(__builtin_exp(static_cast<double>(u_.at[i]) + log_sum) - static_cast<double>(a_[i]));
+      next_u_.at[i] = static_cast<T>(__builtin_log(static_cast<double>(a_[i])) - log_sum);
+      add_scaled(part_.at, a_[i] / sum, row_.at, padded_);
+      if (i % kBlock == kBlock - 1) flush();
+    }
+    flush();
+    return error;
+  }
+
+  void step_columns() {
+    const T least = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
+    for (int64_t j = 0; j < padded_; ++j) {
+      if (!(b_.at[j] > 0)) continue;
+      const double mass = static_cast<double>(b_.at[j]);
+      if (columns_.at[j] < least) {  // all of it rounded away: from its own largest term
+        v_.at[j] = static_cast<T>(__builtin_log(mass) - log_sum_of_column(j));
+      } else {
+        v_.at[j] += static_cast<T>(__builtin_log(mass / static_cast<double>(columns_.at[j])));
+      }
+    }
+  }
+
+  double log_sum_of_column(int64_t j) {
+    double max = -kInfinity<double>, sum = 0.0;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (a_[i] == 0) continue;
+      const double z = static_cast<double>(u_.at[i]) - static_cast<double>(entries_.at[i * padded_ + j]);
+      max = z > max ? z : max;
+    }
+    if (max == -kInfinity<double>) {
+      infeasible_ = true;
+      return max;
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+      if (a_[i] == 0) continue;
+      sum += __builtin_exp(static_cast<double>(u_.at[i]) - static_cast<double>(entries_.at[i * padded_ + j]) - max);
+    }
+    return max + __builtin_log(sum);
+  }
+
+  // Scalings to potentials.
+  T log_row(int64_t i, double epsilon) const {
+    return static_cast<T>(__builtin_log(static_cast<double>(u_.at[i])) + static_cast<double>(least_.at[i]) / epsilon);
+  }
+
+  void potentials() {
+    for (int64_t i = 0; i < n_; ++i) u_.at[i] = a_[i] == 0 ? -kInfinity<T> : log_row(i, epsilon());
+    for (int64_t j = 0; j < padded_; ++j)
+      v_.at[j] = b_.at[j] > 0 ? static_cast<T>(__builtin_log(static_cast<double>(v_.at[j]))) : -kInfinity<T>;
+  }
+
+  template <bool kScaling>
+  void remember(int64_t step) {
+    if (!args_.phi_history) return;
+    T* phi = static_cast<T*>(args_.phi_history) + (this->problem_ * args_.iterations + step) * n_;
+    T* psi = static_cast<T*>(args_.psi_history) + (this->problem_ * args_.iterations + step) * args_.m;
+    const double epsilon = args_.epsilons[step];
+    for (int64_t i = 0; i < n_; ++i) phi[i] = a_[i] == 0 ? -kInfinity<T> : kScaling ? log_row(i, epsilon) : u_.at[i];
+    for (int64_t j = 0; j < args_.m; ++j)
+      psi[j] = !(b_.at[j] > 0) ? -kInfinity<T>
+               : kScaling      ? static_cast<T>(__builtin_log(static_cast<double>(v_.at[j])))
+                               : v_.at[j];
+  }
+
+  bool finite() const {
+    for (int64_t i = 0; i < n_; ++i)
+      if (a_[i] != 0 && !(__builtin_fabs(static_cast<double>(u_.at[i])) < kInfinity<double>)) return false;
+    for (int64_t j = 0; j < args_.m; ++j)
+      if (b_.at[j] > 0 && !(__builtin_fabs(static_cast<double>(v_.at[j])) < kInfinity<double>)) return false;
+    return true;
+  }
+
+  // From the potentials in u_ and v_: what is written and the numbers.
+  void finish() {
+    double transport = 0.0, error = 0.0, gap = 0.0, mass = 0.0;
+    for (int64_t j = 0; j < args_.m; ++j) {
+      psi_[j] = v_.at[j];
+      if (!(b_.at[j] > 0)) continue;
+      const double b = static_cast<double>(b_.at[j]);
+      mass += b;
+      gap += b * (static_cast<double>(v_.at[j]) - __builtin_log(b));
+    }
+    const V inverse(1.0 / epsilon());
+    for (int64_t i = 0; i < n_; ++i) {
+      phi_[i] = u_.at[i];
+      if (a_[i] == 0) continue;
+      load_cost(i, row_.at);
+      const V phi(static_cast<double>(u_.at[i]));
+      V sums(0.0), costs(0.0);
+      for (int64_t j = 0; j < padded_; j += V::kLanes) {
+        const V cost = V::load(row_.at + j);
+        const V plan = plan_entry(phi, V::load(v_.at + j), cost * inverse);
+        sums = sums + plan;
+        costs = costs + times_plan(plan, cost);
+      }
+      const double sum = static_cast<double>(sum_lanes(sums)), a = static_cast<double>(a_[i]);
+      transport += static_cast<double>(sum_lanes(costs));
+      error += __builtin_fabs(sum - a);
+      gap += sum * (static_cast<double>(u_.at[i]) - __builtin_log(a));
+    }
+    numbers_[kTransport] = transport;
+    numbers_[kError] = error;
+    numbers_[kGap] = mass == 0.0 ? 0.0 : (gap - transport / epsilon()) / mass + __builtin_log(mass);
+  }
+
+  static constexpr int64_t kBlock = 64;
+  double* numbers_ = nullptr;
+  bool infeasible_ = false;
+  Buffer<T> entries_, least_, u_, next_u_, v_, columns_, part_, row_;
+};
+
+template <class Runner>
+void run_problems(const Sinkhorn& args) {
+  const int64_t threads = args.threads < args.count ? args.threads : args.count;
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
+  {
+    Runner runner(args);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t problem = 0; problem < args.count; ++problem) runner.run(problem);
+  }
+}
+
+template <class T>
+void run(const Sinkhorn& args, unsigned phases) {
+  if (phases & kSolve) run_problems<Solver<T>>(args);
+  if (phases & kUnrolled) run_problems<UnrolledAdjoint<T>>(args);
+  if (phases & kImplicit) run_problems<ImplicitAdjoint<T>>(args);
+}
+
+}  // namespace
+
+void sinkhorn(const Sinkhorn& args, unsigned phases) {
+  if (args.wide) {
+    run<double>(args, phases);
+  } else {
+    run<float>(args, phases);
+  }
+}
+
+}  // namespace KD_ISA
+}  // namespace kd
