@@ -10,6 +10,8 @@ from workloads import (
     FLOOR,
     FLOOR_VOCAB_MAJOR,
     HEAD,
+    SINKHORN_BATCH,
+    SINKHORN_BATCH_SPEEDUP,
     SPARSE,
     SPARSE_OVER_FLOOR,
     SPARSE_SPEEDUP,
@@ -223,6 +225,43 @@ def sparse_size(row: Row) -> SparseSize:
 
 def sparse_text(rows: Iterable[Row]) -> str:
     return aligned(SPARSE_HEADER, sparse_lines(rows))
+
+
+SINKHORN_BATCH_HEADER = (
+    "rows x vocabulary",
+    "dtype",
+    "provider",
+    "time",
+    "x cdist forward",
+    "worst error",
+    "targets",
+)
+
+
+def sinkhorn_batch_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    lines = []
+    for case in cases(rows).values():
+        plain = median(case.get("torch"))
+        for row in case.values():
+            shape, mine = row["case"], median(row)
+            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            first = (shape["tokens"], shape["vocab"]) == (SINKHORN_BATCH[0].tokens, SINKHORN_BATCH[0].vocab)
+            if first and row["provider"] == "kd" and mine is not None and plain is not None:
+                verdict = "pass" if plain / mine >= SINKHORN_BATCH_SPEEDUP else "FAIL"
+                note = f"{verdict} torch >= {SINKHORN_BATCH_SPEEDUP:g}x"
+            error = row.get("error") or {}
+            lines.append(
+                (
+                    f"{shape['tokens']} x {shape['vocab']}", shape["dtype"], row["provider"],
+                    spread(row, "seconds", seconds), ratio(median(row, "ratio_floor")),
+                    f"{error['worst']:.1e}" if error else "", note,
+                )
+            )  # fmt: skip
+    return lines
+
+
+def sinkhorn_batch_text(rows: Iterable[Row]) -> str:
+    return aligned(SINKHORN_BATCH_HEADER, sinkhorn_batch_lines(rows))
 
 
 def scaling_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """``make bench``: runs the benchmarks, prints their tables, writes the result files.
 
-    python benchmarks/run.py                      # the main table, the row kernels, sparse teachers
+    python benchmarks/run.py                      # the main table, the row kernels, sparse teachers, SinKD
     python benchmarks/run.py --full               # also scaling, and the memory of every objective
     python benchmarks/run.py --quick              # tiny shapes in seconds, nothing written: a smoke test
     python benchmarks/run.py --fill-in-memory     # the peak memory that an earlier run left out
@@ -21,12 +21,14 @@ from typing import Optional
 import bench_head
 import bench_rows
 import bench_scaling
+import bench_sinkhorn_batch
 import bench_sparse
 import report
 from record import RESULTS, Row
-from workloads import HEAD, QUICK, SPARSE, SPARSE_QUICK
+from workloads import HEAD, QUICK, SINKHORN_BATCH, SINKHORN_BATCH_QUICK, SPARSE, SPARSE_QUICK
 
-BENCHES = ("head", "rows", "sparse", "scaling")
+BENCHES = ("head", "rows", "sparse", "sinkhorn_batch", "scaling")
+USUAL = ("head", "rows", "sparse", "sinkhorn_batch")
 
 
 def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -58,7 +60,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         rows = bench_head.fill_in_memory(options.results, options.only)
         show("Peak memory, filled in", report.head_text(rows), rows)
         return 0
-    benches = options.bench or (BENCHES if options.full or options.quick else ("head", "rows", "sparse"))
+    benches = options.bench or (BENCHES if options.full or options.quick else USUAL)
     results = None if options.quick else options.results
     # A second thread that has to share its core waits at every barrier for milliseconds: quick runs, which
     # go beside other work, take one.
@@ -98,6 +100,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         sizes = SPARSE_QUICK if options.quick else SPARSE
         rows = bench_sparse.run(results, sizes=sizes, compiling=not options.quick, **common)
         show("Saved teachers: writing one, training from one", report.sparse_text(rows), rows)
+        common["only"] = options.only
+    if "sinkhorn_batch" in benches:
+        del common["only"]
+        sizes = SINKHORN_BATCH_QUICK if options.quick else SINKHORN_BATCH
+        rows = bench_sinkhorn_batch.run(results, sizes=sizes, compiling=not options.quick, **common)
+        show("SinKD between all rows, loss and gradient", report.sinkhorn_batch_text(rows), rows)
         common["only"] = options.only
     if "scaling" in benches:
         rows = bench_scaling.run(

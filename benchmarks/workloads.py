@@ -111,6 +111,20 @@ SPARSE_SPEEDUP = {("topk", "fp32"): 12.0}
 QUICK = Shape(48, 384, 32, 48)
 
 
+@dataclass(frozen=True)
+class SinkhornBatchSize:
+    """As many rows of a student as of a teacher, all pairs of them."""
+
+    tokens: int
+    vocab: int
+
+
+SINKHORN_BATCH = (SinkhornBatchSize(64, 32000), SinkhornBatchSize(64, 152064))
+SINKHORN_BATCH_QUICK = (SinkhornBatchSize(4, 700),)
+# A promise about the first of these sizes: plain torch's time over ours.
+SINKHORN_BATCH_SPEEDUP = 4.0
+
+
 @dataclass
 class Inputs:
     """Leaves of one step. The student's tensors collect gradients; the teacher is frozen."""
