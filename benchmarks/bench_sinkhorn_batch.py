@@ -1,7 +1,7 @@
 """SinKD, loss and gradient to the student's logits: the published code (``torch.cdist``), compiled, and ours.
 
-The yardstick is the forward pass of ``torch.cdist(p=1)`` alone. Solvers of transport problems (POT, GeomLoss) are no
-peers here: the distances take a hundred times as long as the solve, and they start from finished distances.
+The yardstick is the forward pass of ``torch.cdist(p=1)`` alone. Solvers of transport problems (POT, GeomLoss)
+are no peers here: they start from finished distances, which take nearly all of the time.
 """
 
 from __future__ import annotations

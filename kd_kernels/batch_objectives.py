@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.arguments import check_per_token, saveable
+from kd_kernels.drivers.sides import result_dtype
 from kd_kernels.logprobs import linear_logprobs
 from kd_kernels.objectives import Objective, SinkhornBatch
 from kd_kernels.ops.pairwise_l1 import pairwise_l1
@@ -41,13 +42,13 @@ def check_batch_options(
     name = type(objective).__name__
     if reduction == "none":
         raise ValueError(
-            f'{name} has one value for a group of tokens, not one for each: reduction must be "mean", "sum" or '
-            f'"batchmean", got "none"'
+            f'{name} has one value for a group of tokens, not one for each: reduction must be "mean", "sum" '
+            f'or "batchmean", got "none"'
         )
     if isinstance(teacher, SparseTarget):
         raise TypeError(
-            f"{name} needs the teacher's probabilities of the whole vocabulary: a Head, Logits or a tensor of "
-            f"logits, not a SparseTarget"
+            f"{name} needs the teacher's probabilities of the whole vocabulary: a Head, Logits or a tensor "
+            f"of logits, not a SparseTarget"
         )
     if token_weight is not None:
         raise ValueError(
@@ -68,7 +69,7 @@ def sinkhorn_batch(
     weights: tuple[float, float],
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The sum over all groups, 0-d, and ``[N, 4]`` terms: what ``row_divergence`` gives for its ``arguments``.
+    """The sum over all groups, 0-d, and ``[N, 4]`` terms: what ``row_divergence`` gives for ``arguments``.
 
     The terms' soft column is each row's share ``sum_j P_ij C_ij``; zeros where the call wants no parts.
 
@@ -157,7 +158,7 @@ def _transport(
     if steps is None and objective.tolerance is None:
         steps = objective.published_iterations
     solution = sinkhorn(
-        torch.where(lost[:, None, None] | ~present, 0.0, cost),
+        torch.where(lost[:, None, None] | ~present, 0.0, cost),  # float64: small beside the distances
         marginal,
         marginal,
         epsilon=objective.epsilon,
@@ -168,13 +169,16 @@ def _transport(
         return_plan=call["parts"],
         backend=call["backend"],
     )
-    # NaN in a row is NaN for its group, and by the product in all of the group's gradients.
-    nan = torch.where(lost & counts, torch.nan, 1.0).to(cost.dtype)
+    transport = solution.transport_cost
+    if counts:  # NaN in a row is NaN for its group, and by the product in all of the group's gradients
+        held = torch.where(present, cost, 0.0).flatten(1).sum(1)
+        transport = transport + held * torch.where(lost, torch.nan, 0.0)
     share = None
     if call["parts"]:
         share = torch.where(present, solution.plan * cost, 0.0).sum(2).detach()
         share = torch.where(lost[:, None], torch.nan, share)
-    return (solution.transport_cost * nan).sum(), share
+    dtype = result_dtype(call["student"], call["teacher"])
+    return transport.sum().to(dtype), share
 
 
 def _members(call: dict, groups: Optional[Tensor], tokens: int) -> Tensor:

@@ -169,19 +169,22 @@ class WeightedKL(Objective):
 @dataclass(frozen=True)
 class SinkhornBatch(Objective):
     """Entropic optimal transport between the student's and the teacher's rows (SinKD): with
-    ``C_ij = sum_v |q_iv - p_jv|`` between token i of the student and token j of the teacher, the cost ``<P, C>`` of
-    the plan P that the Sinkhorn iterations reach from ``exp(-C / epsilon)``, rows first, each row and each column
-    of mass 1.
+    ``C_ij = sum_v |q_iv - p_jv|`` between token i of the student and token j of the teacher, the cost
+    ``<P, C>`` of the plan P that the Sinkhorn iterations reach from ``exp(-C / epsilon)``, rows first, each
+    row and each column of mass 1.
 
     The tokens are coupled: all that count form one problem, or those of each of ``distill``'s ``groups``, and
-    the work grows with the square of a problem's tokens. The value is a sum over a problem's rows, about as many
-    times C as there are tokens; published code multiplies it by 8e-4 (``soft_weight``), at ``temperature=2.0``.
+    the work grows with the square of a problem's tokens. A problem's value is a sum over its rows, and
+    ``reduction="mean"`` divides the sum over all problems by the number of tokens that count. Published code
+    takes the sum, multiplies it by 8e-4 (``soft_weight``), at ``temperature=2.0``.
 
     Args:
         epsilon: > 0, in units of C, which is between 0 and 2.
-        iterations: row and column steps. None: 20, as published; with ``tolerance`` at most so many, None: 1000.
-        tolerance: None: all iterations, and the gradient of the number they return, back through them. A number:
-            until the marginals' L1 error is at most this share of the mass, and the gradient of the solution.
+        iterations: row and column steps. None: 20, as published; with ``tolerance`` at most so many,
+            None: 1000.
+        tolerance: None: all iterations, and the gradient of the number they return, back through them. A
+            number: until the marginals' L1 error is at most this share of the mass, and the gradient of the
+            solution.
 
     Source: Cui et al. 2024, "Sinkhorn Distance Minimization for Knowledge Distillation".
     """

@@ -291,17 +291,31 @@ def test_slabs_change_hardly_anything():
 
 REFUSED = {
     "none": (lambda z, o: kd.distill(z, z, o, reduction="none"), ValueError, 'reduction must be "mean"'),
-    "weights": (lambda z, o: kd.distill(z, z, o, token_weight=torch.ones(4)), ValueError, "token_weight has no"),
+    "weights": (
+        lambda z, o: kd.distill(z, z, o, token_weight=torch.ones(4)),
+        ValueError,
+        "token_weight has no",
+    ),
     "sparse": (
         lambda z, o: kd.distill(z, kd.SparseTarget(torch.zeros(4, 1).long(), torch.zeros(4, 1)), o),
         TypeError,
         "not a SparseTarget",
     ),
     "groups elsewhere": (
-        lambda z, o: kd.distill(z, z, kd.ForwardKL(), groups=torch.zeros(4).long()), ValueError, "groups goes with",
+        lambda z, o: kd.distill(z, z, kd.ForwardKL(), groups=torch.zeros(4).long()),
+        ValueError,
+        "groups goes with",
     ),
-    "groups' shape": (lambda z, o: kd.distill(z, z, o, groups=torch.zeros(3).long()), ValueError, "groups must have"),
-    "groups' type": (lambda z, o: kd.distill(z, z, o, groups=torch.zeros(4)), TypeError, "groups must be integers"),
+    "groups' shape": (
+        lambda z, o: kd.distill(z, z, o, groups=torch.zeros(3).long()),
+        ValueError,
+        "groups must have",
+    ),
+    "groups' type": (
+        lambda z, o: kd.distill(z, z, o, groups=torch.zeros(4)),
+        TypeError,
+        "groups must be integers",
+    ),
     "temperatures squared": (
         lambda z, o: kd.distill(z, z, o, temperature=torch.ones(4), temperature_squared=True),
         ValueError,
@@ -309,13 +323,15 @@ REFUSED = {
     ),
     "temperature": (lambda z, o: kd.distill(z, z, o, temperature=0.0), ValueError, "temperature must be"),
     "workspace": (
-        lambda z, o: kd.distill(kd.Head(z, z), kd.Head(z, z), o, workspace_bytes=10), ValueError, "workspace_bytes=10",
+        lambda z, o: kd.distill(kd.Head(z, z), kd.Head(z, z), o, workspace_bytes=10),
+        ValueError,
+        "workspace_bytes=10",
     ),
     "epsilon": (lambda z, o: kd.SinkhornBatch(epsilon=0), ValueError, "epsilon must be finite and > 0"),
     "iterations": (lambda z, o: kd.SinkhornBatch(iterations=2.0), TypeError, "iterations must be an int"),
     "no iterations": (lambda z, o: kd.SinkhornBatch(iterations=0), ValueError, "iterations must be >= 1"),
     "tolerance": (lambda z, o: kd.SinkhornBatch(tolerance="1"), TypeError, "tolerance must be a number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("which", REFUSED)
@@ -395,7 +411,7 @@ def step(student, teacher, groups):
     loss = kd.distill(student, teacher, kd.SinkhornBatch(), groups=groups, workspace_bytes=workspace)
     loss.backward()
 
-step(head(8, 500, 64, True), head(8, 500, 96, False), torch.arange(8) // 2)  # libraries load and make their pools
+step(head(8, 500, 64, True), head(8, 500, 96, False), torch.arange(8) // 2)  # libraries load
 kd.release_workspace()
 student, teacher = head(tokens, vocab, 64, True), head(tokens, vocab, 96, False)
 Path("/proc/self/clear_refs").write_text("5")
@@ -408,7 +424,7 @@ print(above - vocab * 64 * dtype.itemsize - workspace)
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_memory_is_the_workspace_and_the_gradients(dtype):
-    """[tokens, vocab] would be 131 MB in float32, for each model; nothing wider than d weight is kept of it."""
+    """[tokens, vocab] would be 131 MB in float32, for each model; of d weight nothing wider is kept."""
     run = subprocess.run([sys.executable, "-c", _STEP, dtype], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) <= 40 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"

@@ -1,8 +1,9 @@
 """L1 distances between all rows of two models, walked in slabs of the vocabulary.
 
-Every pair of rows needs every vocabulary entry, so it is the vocabulary that is cut, not the tokens: a slab's
-logits of all rows are projected, the kernel takes them to probabilities and pairs, and the next slab takes their
-place. The statistics of the softmax come first, from a walk of their own unless one slab holds all.
+Every pair of rows needs every vocabulary entry, so it is the vocabulary that is cut, not the tokens: a
+slab's logits of all rows are projected, the kernel takes them to probabilities and pairs, and the next slab
+takes their place. The statistics of the softmax come first, from a walk of their own unless one slab holds
+all.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class _Walk:
     def job(self, **results: Optional[Tensor]) -> R.PairwiseL1Job:
         """To be completed by a slab and the statistics."""
         rows = R.Rows(self.problem.student.values, None, self.temperatures[0])
-        nothing = self.temperatures[0].new_empty(0)
+        nothing = self.temperatures[0].new_empty(self.n, R.PAIRWISE_COLUMNS)
         return R.PairwiseL1Job(self.n, 0, rows, rows, self.problem.starts(), nothing, nothing, **results)
 
     def _cut(self) -> tuple[int, int]:
@@ -207,8 +208,8 @@ class _Walk:
             most -= max(1, most // 64)
         if most < 1:
             raise ValueError(
-                f"workspace_bytes={budget} holds less than one vocabulary entry of {self.n} rows, which need each "
-                f"other's; at least {room(1)} bytes are needed"
+                f"workspace_bytes={budget} holds less than one vocabulary entry of {self.n} rows, which are "
+                f"compared with each other; at least {room(1)} bytes are needed"
             )
         even = -(-self.vocab // -(-self.vocab // most))
         width = min(-(-even // _GRANULE) * _GRANULE, most)

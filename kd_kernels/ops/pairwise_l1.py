@@ -5,16 +5,16 @@ import torch
 from torch import Tensor
 
 from kd_kernels.drivers.pairwise_l1 import Distances, PairwiseProblem, carry_back, measure
-from kd_kernels.drivers.sides import Model, result_dtype
+from kd_kernels.drivers.sides import Model
 from kd_kernels.ops.checks import check_temperatures, checks_values
 from kd_kernels.ops.schema import names
 
 # What both ops take, in the order in which autograd sees it.
 _CALL = """
     Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight,
-    Tensor? teacher_bias, Tensor members, Tensor student_temperature, Tensor teacher_temperature, Tensor scalars,
-    ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes, bool compact,
-    bool[] needs"""
+    Tensor? teacher_bias, Tensor members, Tensor student_temperature, Tensor teacher_temperature,
+    Tensor scalars, ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes,
+    bool compact, bool[] needs"""
 _ARGUMENTS = names(_CALL)
 _DIFFERENTIABLE = 6  # the first six
 _STATISTICS = 4  # columns
@@ -62,23 +62,22 @@ def pairwise_l1(*arguments):
         student, student_weight, student_bias: hidden ``[..., D]`` with weight ``[V, D]`` and bias ``[V]``, or
             logits ``[..., V]`` without; N tokens in all. teacher likewise, the same tokens; both vocabularies
             are cut to the smaller one.
-        members: ``[G, L]`` int64: each group's tokens in ascending order, -1 behind them. With ``compact=False``
-            one group of all tokens, -1 in the place of those that do not count.
+        members: ``[G, L]`` int64: each group's tokens in ascending order, -1 behind them. With
+            ``compact=False`` one group of all tokens, -1 in the place of those that do not count.
         student_temperature, teacher_temperature: 0-d or ``[N]`` float64.
         scalars: ``[4]`` float64 on CPU: scale and softcap (0: none) of the student, of the teacher.
         needs: gradients wanted of the first six arguments.
 
     Returns:
-        ``[G, L, L]``, float32 (float64 for float64 inputs), unspecified where a member is -1; and for the
-        backward, sums of signs ``[G, L, L]`` (or empty) and statistics ``[G, L, 4]``, float64.
+        ``[G, L, L]``, unspecified where a member is -1; and for the backward, sums of signs ``[G, L, L]`` (or
+        empty) and statistics ``[G, L, 4]``. All in float64: beside the rows they are small.
     """
     call = dict(zip(_ARGUMENTS, arguments))
     problem = _unpack(call, gradients=False)
     _check_values(problem)
     wanted = any(call["needs"])
     found = measure(problem, signs=wanted)
-    cost = found.cost.to(result_dtype(call["student"], call["teacher"]), copy=True)
-    return cost, found.signs if wanted else found.cost.new_empty(0), found.statistics
+    return found.cost, found.signs if wanted else found.cost.new_empty(0), found.statistics
 
 
 @pairwise_l1.register_fake
@@ -86,12 +85,11 @@ def _(*arguments):
     call = dict(zip(_ARGUMENTS, arguments))
     groups, longest = call["members"].shape
 
-    def of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return call["student"].new_empty(shape, dtype=dtype)
+    def of(*shape: int) -> Tensor:
+        return call["student"].new_empty(shape, dtype=torch.float64)
 
     signs = of(groups, longest, longest) if any(call["needs"]) else of(0)
-    dtype = result_dtype(call["student"], call["teacher"])
-    return of(groups, longest, longest, dtype=dtype), signs, of(groups, longest, _STATISTICS)
+    return of(groups, longest, longest), signs, of(groups, longest, _STATISTICS)
 
 
 @torch.library.custom_op(
@@ -104,9 +102,8 @@ def pairwise_l1_backward(d_cost, cost, signs, statistics, *arguments):
     problem = _unpack(dict(zip(_ARGUMENTS, arguments)), gradients=True)
     present = problem.members >= 0
     pairs = present[:, :, None] & present[:, None, :]
-    wide = torch.where(pairs, d_cost.to(torch.float64), 0.0)
-    found = Distances(cost.to(torch.float64), signs, statistics)
-    return [gradient for gradient in carry_back(problem, found, wide) if gradient is not None]
+    gradients = carry_back(problem, Distances(cost, signs, statistics), torch.where(pairs, d_cost, 0.0))
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @pairwise_l1_backward.register_fake

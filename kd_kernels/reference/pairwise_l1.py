@@ -1,4 +1,4 @@
-"""The pairwise_l1 kernel written plainly in torch; see :class:`kd_kernels.rows.PairwiseL1Job` for the contract."""
+"""The pairwise_l1 kernel in plain torch; see :class:`kd_kernels.rows.PairwiseL1Job` for the contract."""
 
 from __future__ import annotations
 
