@@ -12,7 +12,7 @@ from kd_kernels.backends import TABLE
 
 BACKENDS = ["cpu", "reference"]
 EACH = pytest.mark.parametrize("name", BACKENDS)
-CONVERGED = kd.SinkhornBatch(epsilon=0.2, iterations=5000, tolerance=1e-11)
+CONVERGED = kd.SinkhornBatch(epsilon=0.4, iterations=5000, tolerance=1e-11)
 GROUPS = torch.tensor([[4, 4, 0, 4, -7], [-7, 0, 4, 9, 4], [0, 4, 0, -7, 0]])
 
 
@@ -27,7 +27,7 @@ def published(p: torch.Tensor, q: torch.Tensor, objective: kd.SinkhornBatch) -> 
     """As SinKD's code has it, on probabilities ``[n, V]``; the converged form by more of the same."""
     cost = (p[:, None] - q[None]).abs().sum(-1)
     plan = (-cost / objective.epsilon).exp()
-    for _ in range(20 if objective.iterations is None else min(objective.iterations, 400)):
+    for _ in range(20 if objective.iterations is None else min(objective.iterations, 100)):
         plan = plan / plan.sum(1, keepdim=True)
         plan = plan / plan.sum(0, keepdim=True)
     return (plan * cost).sum()
@@ -103,7 +103,7 @@ def test_value_and_gradients(kinds, options, name):
         for few in (False, True):
             chosen = {"temperature": 2.0, **OPTIONS[options](batch)}
             want = dense(student, teacher, objective, **chosen)
-            small = {"workspace_bytes": 40000} if few else {}  # several slabs
+            small = {"workspace_bytes": 10000} if few else {}  # several slabs
             loss = kd.distill(student, teacher, objective, teacher_grad=True, backend=name, **small, **chosen)
             tolerance = 1e-12 if objective is not CONVERGED else 1e-8
             assert error(loss, want) < tolerance
@@ -156,7 +156,7 @@ def test_subsets_of_gradients_and_a_frozen_head(name):
 
 @EACH
 def test_gradcheck(name):
-    _, student, teacher = pair(("head", "logits"), lead=(4,), vocab=23)
+    _, student, teacher = pair(("head", "logits"), lead=(3,), vocab=11, student_width=4)
 
     def loss(hidden, weight, bias, values):
         head = kd.Head(hidden, weight, bias, student.scale, student.softcap)
