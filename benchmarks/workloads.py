@@ -189,6 +189,20 @@ SORTED_QUICK = SortedSize(4, 700, 500, 8)
 SORTED_OVER_FLOOR, SORTED_SPEEDUP = 1.0, 20.0
 
 
+@dataclass(frozen=True)
+class SinkhornBatchSize:
+    """As many rows of a student as of a teacher, all pairs of them."""
+
+    tokens: int
+    vocab: int
+
+
+SINKHORN_BATCH = (SinkhornBatchSize(64, 32000), SinkhornBatchSize(64, 152064))
+SINKHORN_BATCH_QUICK = (SinkhornBatchSize(4, 700),)
+# A promise about the first of these sizes: plain torch's time over ours.
+SINKHORN_BATCH_SPEEDUP = 4.0
+
+
 @dataclass
 class Inputs:
     """Leaves of one step. The student's tensors collect gradients; the teacher is frozen."""

@@ -4,6 +4,7 @@
 #include "angle.h"
 #include "gather.h"
 #include "gemm.h"
+#include "pairwise_l1.h"
 #include "row_divergence.h"
 #include "sinkhorn.h"
 #include "sorted_l1.h"
@@ -14,7 +15,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change to this file's signatures; kd_kernels/native.py compares.
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -102,6 +103,30 @@ void def_gather(py::module_& module) {
   args.def_readwrite("threads", &Gather::threads);
 
   module.def("gather", &kd::gather, py::arg("args"), py::arg("phases"), py::call_guard<py::gil_scoped_release>());
+}
+
+void def_pairwise_l1(py::module_& module) {
+  using kd::PairwiseL1;
+  py::class_<PairwiseL1> args(module, "PairwiseL1");
+  args.def(py::init<>());
+  args.def_readwrite("n", &PairwiseL1::n);
+  args.def_readwrite("vocab", &PairwiseL1::vocab);
+  args.def_readwrite("student", &PairwiseL1::student);
+  args.def_readwrite("teacher", &PairwiseL1::teacher);
+  args.def_readwrite("groups", &PairwiseL1::groups);
+  args.def_readwrite("longest", &PairwiseL1::longest);
+  def_pointer(args, "starts", &PairwiseL1::starts);
+  def_pointer(args, "student_statistics", &PairwiseL1::student_statistics);
+  def_pointer(args, "teacher_statistics", &PairwiseL1::teacher_statistics);
+  def_pointer(args, "cost", &PairwiseL1::cost);
+  def_pointer(args, "signs", &PairwiseL1::signs);
+  def_pointer(args, "d_cost", &PairwiseL1::d_cost);
+  def_pointer(args, "student_means", &PairwiseL1::student_means);
+  def_pointer(args, "teacher_means", &PairwiseL1::teacher_means);
+  args.def_readwrite("threads", &PairwiseL1::threads);
+
+  module.def("pairwise_l1", &kd::pairwise_l1, py::arg("args"), py::arg("phases"),
+             py::call_guard<py::gil_scoped_release>());
 }
 
 void def_sorted_l1(py::module_& module) {
@@ -247,6 +272,7 @@ PYBIND11_MODULE(_native, module) {
   def_side(module);
   def_row_divergence(module);
   def_gather(module);
+  def_pairwise_l1(module);
   def_sinkhorn(module);
   def_sorted_l1(module);
   def_topk(module);

@@ -16,6 +16,7 @@ import torch
 from kd_kernels import native, triton_runtime
 from kd_kernels.reference.angle import angle as reference_angle
 from kd_kernels.reference.gather import gather as reference_gather
+from kd_kernels.reference.pairwise_l1 import pairwise_l1 as reference_pairwise_l1
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
 from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
 from kd_kernels.reference.sorted_l1 import sorted_l1 as reference_sorted_l1
@@ -73,6 +74,11 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_runtime.angle, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_angle, lambda device: []),
+    },
+    "pairwise_l1": {
+        "cpu": (native.pairwise_l1, _cpu_objections),
+        "cuda": (None, _not_built),
+        "reference": (reference_pairwise_l1, lambda device: []),
     },
     "sinkhorn": {
         "cpu": (native.sinkhorn, _cpu_objections),

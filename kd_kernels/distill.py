@@ -24,7 +24,8 @@ from kd_kernels.arguments import (
     valid_tokens,
 )
 from kd_kernels.backends import BackendUnavailable
-from kd_kernels.objectives import Objective, SortedWasserstein
+from kd_kernels.batch_objectives import check_batch_options, sinkhorn_batch
+from kd_kernels.objectives import Objective, SinkhornBatch, SortedWasserstein
 from kd_kernels.ops.row_divergence import row_divergence
 from kd_kernels.regather import gathers_of, regathering_row_divergence
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
@@ -70,6 +71,7 @@ def distill(
     num_items: Optional[Scalar] = None,
     vocab: str = "error",
     teacher_grad: bool = False,
+    groups: Optional[Tensor] = None,
     compact: bool = True,
     return_parts: bool = False,
     backend: Optional[str] = None,
@@ -98,11 +100,14 @@ def distill(
         hard_weight: weight of the cross-entropy (at temperature 1); needs ``labels`` unless 0.
         soft_weight: weight of the divergence.
         reduction: ``"mean"``: sum / max(tokens that count, 1), or / ``num_items``; ``"sum"``;
-            ``"batchmean"``: sum / size of the first dimension; ``"none"``: per token.
+            ``"batchmean"``: sum / size of the first dimension; ``"none"``: per token. The sum of an
+            objective that couples tokens is that over its groups.
         num_items: denominator of ``"mean"``, number or 0-d tensor (gradient accumulation).
         vocab: ``"error"`` refuses unequal vocabularies, ``"truncate"`` restricts both models to the
             common prefix before any normaliser.
         teacher_grad: also compute the teacher's gradients.
+        groups: integer, leading shape: which tokens form one problem of an objective that couples them
+            (:class:`SinkhornBatch`); None: all that count. On CUDA it takes host synchronisations.
         compact: drop tokens that do not count before any projection. On CUDA that takes one host
             synchronisation; False keeps every row, silences those that do not count, and never
             synchronises. Same result.
@@ -131,6 +136,7 @@ def distill(
     lead, device = student.leading_shape, student.tensors()[0].device
     ranked = isinstance(objective, SortedWasserstein)
     check_sources(student, teacher, "truncate" if ranked else vocab)
+    check_batch_options(objective, teacher, reduction, groups, token_weight, lead, device)
     gathers = gathers_of(student, teacher)  # before the sources are rebuilt without them
     sparse = isinstance(teacher, SparseTarget)
     if sparse:
@@ -170,7 +176,10 @@ def distill(
     run = row_divergence
     if deferred and any(gathers):
         run = functools.partial(regathering_row_divergence, gathers)
-    loss, terms, statistics, *_ = run(
+    if isinstance(objective, SinkhornBatch):
+        weights = soft_weight, hard_weight
+        run = functools.partial(sinkhorn_batch, objective, student, teacher, gathers, groups, weights)
+    loss, terms, *others = run(
         *tensors,
         *(named if sparse else (None, None, "")),
         valid,
@@ -196,7 +205,7 @@ def distill(
     )
     if ranked:
         per_token_weight = (x for x in (weight, t_s**2 if temperature_squared else None) if x is not None)
-        loss = _through_masses(loss, objective, statistics, soft_weight, list(per_token_weight))
+        loss = _through_masses(loss, objective, others[0], soft_weight, list(per_token_weight))
     if unreduced:
         loss = loss.reshape(lead)
     elif reduction == "mean":
@@ -208,7 +217,7 @@ def distill(
     columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
     bound = torch.zeros_like(columns[R.SOFT])
     if objective.top_k is not None:
-        bound = statistics[:, R.ERROR_BOUND].detach().to(terms.dtype).reshape(lead)
+        bound = others[0][:, R.ERROR_BOUND].detach().to(terms.dtype).reshape(lead)
     return loss, Parts(*columns, valid_tokens=count(valid, lead, device), error_bound=bound)
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kd_kernels.problems import SinkhornJob
-from kd_kernels.rows import AngleJob, GatherJob, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
+from kd_kernels.rows import AngleJob, GatherJob, PairwiseL1Job, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-_ABI_VERSION = 5  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_ABI_VERSION = 6  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
 _REBUILD = "run `pip install .` in the source tree with a C++ compiler"
 
 
@@ -170,6 +170,23 @@ def angle(job: AngleJob) -> None:
     args.student_grad, args.teacher_grad = _address(job.student_grad), _address(job.teacher_grad)
     args.threads = torch.get_num_threads()
     native.angle(args)
+
+
+def pairwise_l1(job: PairwiseL1Job, phases: int) -> None:
+    """:func:`kd_kernels.reference.pairwise_l1`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.PairwiseL1()
+    args.n, args.vocab = job.n, job.vocab
+    args.student, args.teacher = _side(job.student), _side(job.teacher)
+    pairs = job.cost if job.d_cost is None else job.d_cost
+    args.groups, args.longest = pairs.shape[:2]
+    args.starts = job.starts.data_ptr()
+    args.student_statistics = job.student_statistics.data_ptr()
+    args.teacher_statistics = job.teacher_statistics.data_ptr()
+    args.cost, args.signs, args.d_cost = _address(job.cost), _address(job.signs), _address(job.d_cost)
+    args.student_means, args.teacher_means = _address(job.student_means), _address(job.teacher_means)
+    args.threads = torch.get_num_threads()
+    native.pairwise_l1(args, phases)
 
 
 # --- bfloat16 products with a float32 result ---------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.ops.logprobs import linear_logprobs, linear_logprobs_backward
+from kd_kernels.ops.pairwise_l1 import pairwise_l1, pairwise_l1_backward
 from kd_kernels.ops.row_divergence import row_divergence, row_divergence_backward
 from kd_kernels.sources import Head, Source, is_dtensor
 
@@ -93,6 +94,11 @@ def regathering_logprobs(gathers: list[Optional[Gather]], *arguments: Any) -> tu
     return _Regathering.apply(_logprobs, _logprobs_backward, gathers, *arguments)
 
 
+def regathering_pairwise_l1(gathers: list[Optional[Gather]], *arguments: Any) -> tuple[Tensor, ...]:
+    """Distances, signs and statistics of ``pairwise_l1``; ``gathers`` of student and teacher."""
+    return _Regathering.apply(_pairwise, _pairwise_backward, gathers, *arguments)
+
+
 # Forward: (results, those without gradients, what the backward needs besides the arguments).
 # Backward: the gradients of the wanted arguments.
 
@@ -115,6 +121,15 @@ def _logprobs_backward(upstream: Upstream, made: Sequence[Tensor], arguments: li
     if logprobs is None:
         logprobs = entropies.new_zeros(arguments[3].shape)  # the ids
     return linear_logprobs_backward(logprobs, entropies, *arguments)
+
+
+def _pairwise(*arguments: Any) -> tuple[Sequence[Tensor], ...]:
+    cost, *others = pairwise_l1(*arguments)
+    return [cost], others, [cost, *others]
+
+
+def _pairwise_backward(upstream: Upstream, made: Sequence[Tensor], arguments: list[Any]) -> list[Tensor]:
+    return pairwise_l1_backward(upstream[0], *made, *arguments)
 
 
 class _Regathering(torch.autograd.Function):

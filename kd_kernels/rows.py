@@ -216,6 +216,42 @@ class TopkJob:
     samples: Tensor  # [n, N] int32: the first id whose cumulated probability exceeds the uniform
 
 
+# Columns of a pairwise_l1's statistics [n, 2] float64 of a model: the row's largest z, and log sum exp(x)
+# with x = (z - max z) / temperature. A row with NaN, with +inf or without a finite logit has NaN.
+PAIRWISE_MAX, PAIRWISE_LOGZ = range(2)
+PAIRWISE_COLUMNS = 2
+
+
+@dataclass
+class PairwiseL1Job:
+    """One call of the pairwise_l1 kernel over a slab of the vocabulary, for ``n`` rows of two models in
+    groups: those of group g are ``starts[g] .. starts[g + 1]``. p and q are the student's and the teacher's
+    probabilities, from the statistics over the whole vocabulary; i is a student's and j a teacher's row of
+    the same group, counted from the group's first.
+
+    TERMS adds to ``cost[g, i, j]`` ``sum_v |p_iv - q_jv|`` over the slab, and to ``signs[g, i, j]``
+    ``sum_v p_iv sign(p_iv - q_jv)``; what lies beyond a group's rows is left as it is.
+
+    GRADIENT writes, where a side has ``grad``, the gradient with respect to the raw logit. With G =
+    ``d_cost``, of the student ``p_iv (sum_j G_ij sign(p_iv - q_jv) - student_means_i) / T``, of the teacher
+    ``q_jv (sum_i G_ij sign(q_jv - p_iv) - teacher_means_j) / T``, chained through softcap and scale. A G of 0
+    silences its pair, a row whose pairs are all silent gets 0, whatever the rows hold.
+    """
+
+    n: int
+    vocab: int  # entries of the slab
+    student: Rows  # both row-major, from the slab's first entry
+    teacher: Rows
+    starts: Tensor  # [groups + 1] int64
+    student_statistics: Tensor  # [n, 2] float64
+    teacher_statistics: Tensor  # [n, 2] float64
+    cost: Optional[Tensor] = None  # [groups, L, L] float64, L no less than the longest group
+    signs: Optional[Tensor] = None  # [groups, L, L] float64; None: not wanted
+    d_cost: Optional[Tensor] = None  # [groups, L, L] float64
+    student_means: Optional[Tensor] = None  # [n] float64: sum_j G_ij sum_v p_iv sign(p_iv - q_jv)
+    teacher_means: Optional[Tensor] = None  # [n] float64: likewise of the teacher's
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """All of the tensor's memory from its first element on, as one dimension."""
     length = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()

@@ -11,16 +11,17 @@ struct InstructionSet {
   const char* name;
   decltype(&baseline::angle) angle;
   decltype(&baseline::gather) gather;
+  decltype(&baseline::pairwise_l1) pairwise_l1;
   decltype(&baseline::row_divergence) row_divergence;
   decltype(&baseline::sinkhorn) sinkhorn;
   decltype(&baseline::sorted_l1) sorted_l1;
   decltype(&baseline::sorted_l1_scratch) sorted_l1_scratch;
   decltype(&baseline::topk) topk;
 };
-#define KD_INSTRUCTION_SET(isa)                                                                                \
-  InstructionSet {                                                                                             \
-    #isa, isa::angle, isa::gather, isa::row_divergence, isa::sinkhorn, isa::sorted_l1, isa::sorted_l1_scratch, \
-        isa::topk                                                                                              \
+#define KD_INSTRUCTION_SET(isa)                                                                          \
+  InstructionSet {                                                                                       \
+    #isa, isa::angle, isa::gather, isa::pairwise_l1, isa::row_divergence, isa::sinkhorn, isa::sorted_l1, \
+        isa::sorted_l1_scratch, isa::topk                                                                \
   }
 
 InstructionSet choose() {
@@ -51,6 +52,10 @@ void angle(const Angle& args) {
 
 void gather(const Gather& args, unsigned phases) {
   if (args.n > 0) chosen().gather(args, phases);
+}
+
+void pairwise_l1(const PairwiseL1& args, unsigned phases) {
+  if (args.n > 0) chosen().pairwise_l1(args, phases);
 }
 
 void row_divergence(const RowDivergence& args, unsigned phases) {

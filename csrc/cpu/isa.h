@@ -2,6 +2,7 @@
 #pragma once
 #include "../angle.h"
 #include "../gather.h"
+#include "../pairwise_l1.h"
 #include "../row_divergence.h"
 #include "../sinkhorn.h"
 #include "../sorted_l1.h"
@@ -12,6 +13,7 @@ namespace kd {
   namespace isa {                                                  \
   void angle(const Angle& args);                                   \
   void gather(const Gather& args, unsigned phases);                \
+  void pairwise_l1(const PairwiseL1& args, unsigned phases);       \
   void row_divergence(const RowDivergence& args, unsigned phases); \
   void sinkhorn(const Sinkhorn& args, unsigned phases);            \
   void sorted_l1(const SortedL1& args);                            \

@@ -1,4 +1,4 @@
-"""The self-test of what compares points: angles between the rows of two models."""
+"""The self-test of what compares points: angles between the rows of two models, transport between them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_kernels.distill import distill
+from kd_kernels.objectives import SinkhornBatch
 from kd_kernels.relational import relational_angle
+from kd_kernels.sinkhorn import sinkhorn
 
 POINTS, WIDTHS, BETA = 29, (24, 40), 0.3
+EPSILON, ITERATIONS = 0.4, 12
 Results = list[tuple[str, Tensor]]
 
 
@@ -39,5 +43,44 @@ def _cosines(x: Tensor) -> Tensor:
     return unit @ unit.transpose(1, 2)
 
 
-CHECKS: dict[str, dict[str, Callable[..., Results]]] = {"angle": {"relational angle": angles}}
+def transport(models: TwoModels, where: str, dtype: torch.dtype, backend: str, plainly: bool) -> Results:
+    cost = models.tensors[0].to(where, dtype).abs().requires_grad_()
+    if plainly:
+        n, m = cost.shape
+        total = _transported(cost, cost.new_full((n,), 1 / n), cost.new_full((m,), 1 / m))
+    else:
+        options = {"epsilon": EPSILON, "iterations": ITERATIONS, "gradient": "unrolled", "backend": backend}
+        total = sinkhorn(cost, **options).transport_cost
+    return [("transport cost", total), ("d cost", *torch.autograd.grad(total, cost))]
+
+
+def batch_sinkhorn(models: TwoModels, where: str, dtype: torch.dtype, backend: str, plainly: bool) -> Results:
+    width = min(WIDTHS)
+    logits = [x[:, :width].to(where, dtype).requires_grad_() for x in models.tensors]
+    if plainly:
+        wide = torch.promote_types(dtype, torch.float32)
+        p, q = (x.to(wide).softmax(1) for x in logits)
+        ones = p.new_ones(POINTS)
+        loss = _transported((p[:, None] - q[None]).abs().sum(2), ones, ones)
+    else:
+        objective = SinkhornBatch(epsilon=EPSILON, iterations=ITERATIONS)
+        loss = distill(*logits, objective, reduction="sum", teacher_grad=True, backend=backend)
+    return [("loss", loss), *zip(("d student", "d teacher"), torch.autograd.grad(loss, logits))]
+
+
+def _transported(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``<P, C>`` after the iterations, rows first."""
+    cost, a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (cost, a, b))
+    scaled, psi = cost / EPSILON, torch.zeros_like(b)
+    for _ in range(ITERATIONS):
+        phi = a.log() - (psi[None] - scaled).logsumexp(1)
+        psi = b.log() - (phi[:, None] - scaled).logsumexp(0)
+    return ((phi[:, None] + psi[None] - scaled).exp() * cost).sum()
+
+
+CHECKS: dict[str, dict[str, Callable[..., Results]]] = {
+    "angle": {"relational angle": angles},
+    "pairwise_l1": {"batch Sinkhorn": batch_sinkhorn},
+    "sinkhorn": {"transport": transport},
+}
 KINDS = ("rows x rows",)

@@ -34,7 +34,7 @@ _CALL = """
     Tensor parameter0, Tensor parameter1, Tensor scalars, str objective, bool temperature_squared,
     ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes, bool compact,
     bool[] needs, bool parts, bool per_token, bool deferred, int? top_k"""
-_ARGUMENTS = names(_CALL)
+ARGUMENTS = names(_CALL)
 _DIFFERENTIABLE = 6  # the first six
 _SOFT, _HARD = 4, 5  # in ``scalars``
 _SLAB = 4 << 20  # elements: few enough pieces, each wakes the threads twice
@@ -169,7 +169,7 @@ def row_divergence(*arguments):
         loss (0-d or ``[N]``), terms ``[N, 4]``, statistics ``[N, 10]``, factor (0-d), and the six
         gradients, unscaled (empty where not wanted or deferred).
     """
-    call = dict(zip(_ARGUMENTS, arguments))
+    call = dict(zip(ARGUMENTS, arguments))
     problem = _unpack(call)
     _check_values(problem, call)
     if problem.target is not None:
@@ -191,7 +191,7 @@ def row_divergence(*arguments):
 
 @row_divergence.register_fake
 def _(*args):
-    call = dict(zip(_ARGUMENTS, args))
+    call = dict(zip(ARGUMENTS, args))
     student, teacher = call["student"], call["teacher"]
     tokens = student.shape[:-1].numel()
     dtype = result_dtype(student, teacher)
@@ -251,7 +251,7 @@ def _(gradient, upstream, factor, dtype):
 def row_divergence_backward(upstream, statistics, *arguments):
     """Gradients of the wanted inputs (in order, the others left out) for an upstream gradient that is
     0-d or ``[N]``, recomputing the logits and reusing ``statistics``."""
-    problem = _unpack(dict(zip(_ARGUMENTS, arguments)))
+    problem = _unpack(dict(zip(ARGUMENTS, arguments)))
     problem.soft_weight = _times(problem.soft_weight, upstream)
     if problem.hard_weight is not None:
         problem.hard_weight = _times(problem.hard_weight, upstream)
@@ -270,13 +270,13 @@ def _times(weight: Tensor, upstream: Tensor) -> Tensor:
 
 @row_divergence_backward.register_fake
 def _(upstream, statistics, *args):
-    needs = dict(zip(_ARGUMENTS, args))["needs"]
+    needs = dict(zip(ARGUMENTS, args))["needs"]
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, wanted in zip(args, needs) if wanted]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    call = dict(zip(_ARGUMENTS, inputs))
+    call = dict(zip(ARGUMENTS, inputs))
     ctx.needs, ctx.deferred = call["needs"], call["deferred"]
     _, _, statistics, factor, *gradients = output
     if ctx.deferred:
@@ -291,7 +291,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream, *others):
     if upstream is None:  # the other outputs carry no gradient; distill hands them out detached
-        return (None,) * len(_ARGUMENTS)
+        return (None,) * len(ARGUMENTS)
     if ctx.deferred:
         statistics, *tensors = ctx.saved_tensors
         remaining = iter(tensors)
@@ -303,7 +303,7 @@ def _backward(ctx, upstream, *others):
         gradients = [scale(g, upstream, factor, dtype) for g, dtype in zip(unscaled, ctx.dtypes)]
     remaining = iter(gradients)
     first = [next(remaining) if want else None for want in ctx.needs]
-    return (*first, *(None,) * (len(_ARGUMENTS) - _DIFFERENTIABLE))
+    return (*first, *(None,) * (len(ARGUMENTS) - _DIFFERENTIABLE))
 
 
 def _double_backward(ctx, *gradients):

@@ -1,0 +1,217 @@
+"""SinKD, loss and gradient to the student's logits: the published code (``torch.cdist``), compiled, and ours.
+
+The yardstick is the forward pass of ``torch.cdist(p=1)`` alone. Solvers of transport problems (POT, GeomLoss)
+are no peers here: they start from finished distances, which take nearly all of the time.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from bench_head import spread_row
+from bench_sparse import errors
+from harness import Timed, run_rounds
+from providers import Unavailable, backend, by_name, forget_compiled, need
+from record import Row, Writer, rounded
+from registry import Bench
+from report import cases, median, ratio, seconds, spread
+from torch import Tensor
+from workloads import DTYPES, SINKHORN_BATCH, SINKHORN_BATCH_QUICK, SINKHORN_BATCH_SPEEDUP, SinkhornBatchSize
+
+YARDSTICK = "cdist forward"
+EPSILON, ITERATIONS, TEMPERATURE = 0.1, 20, 2.0
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def published(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = ((z / TEMPERATURE).softmax(-1) for z in (student, teacher))
+    cost = torch.cdist(p, q, p=1)
+    plan = (-cost / EPSILON).exp()
+    for _ in range(ITERATIONS):
+        plan = plan / plan.sum(1, keepdim=True)
+        plan = plan / plan.sum(0, keepdim=True)
+    return (plan * cost).sum()
+
+
+def case(
+    size: SinkhornBatchSize, dtype: torch.dtype, device: str
+) -> tuple[Callable[[], object], dict[str, Step], Step]:
+    """(yardstick, steps, exact result)"""
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (
+        torch.randn(size.tokens, size.vocab, generator=generator, device=device).mul_(3).to(dtype)
+        for _ in range(2)
+    )
+    student.requires_grad_()
+
+    def step(loss_of: Callable[[Tensor, Tensor], Tensor], z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        loss = loss_of(z, y)
+        return loss.detach(), *torch.autograd.grad(loss, z)
+
+    def ours() -> tuple[Tensor, ...]:
+        kd = need("kd_kernels")
+        objective = kd.SinkhornBatch(EPSILON, ITERATIONS)
+        options = {"temperature": TEMPERATURE, "reduction": "sum"}
+        return step(lambda z, y: kd.distill(z, y, objective, **options), student, teacher)
+
+    def wide(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda z, y: loss(z.float(), y.float())
+
+    def plain() -> tuple[Tensor, ...]:
+        return step(wide(published), student, teacher)
+
+    compiled_loss = functools.cache(lambda: torch.compile(published, dynamic=False))
+
+    def compiled() -> tuple[Tensor, ...]:
+        return step(wide(compiled_loss()), student, teacher)
+
+    def exact() -> tuple[Tensor, ...]:
+        return step(published, student.detach().double().requires_grad_(), teacher.double())
+
+    with torch.no_grad():
+        p, q = ((z.float() / TEMPERATURE).softmax(-1) for z in (student, teacher))
+    return lambda: torch.cdist(p, q, p=1), {"kd": ours, "torch": plain, "torch.compile": compiled}, exact
+
+
+def run_case(
+    size: SinkhornBatchSize,
+    dtype: str,
+    *,
+    rounds: int,
+    threads: int,
+    reject: bool,
+    compiling: bool,
+    device: str,
+) -> list[Row]:
+    forget_compiled()
+    yardstick, steps, exact = case(size, DTYPES[dtype], device)
+    if not compiling:
+        del steps["torch.compile"]
+    outcome: dict[str, dict[str, Any]] = {YARDSTICK: {"status": "ok", "reason": ""}}
+    truth = exact()
+    for provider, step in steps.items():
+        found: dict[str, Any] = {"status": "ok", "reason": ""}
+        try:
+            error = errors(step(), truth)
+            found["error"] = {"worst": rounded(error)}
+            # Near-ties between two rows turn a sign, and a whole entry of the gradient with it.
+            if not error <= {"fp32": 1e-2, "bf16": 0.2}[dtype]:
+                found["status"] = "wrong"
+        except Unavailable as reason:
+            found.update(status=reason.status, reason=reason.reason)
+        except Exception as reason:  # a peer may fail in any way; its row says how
+            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
+        if provider == "kd":
+            found["backend"] = backend(by_name("kd"), device)
+        outcome[provider] = found
+    del truth
+
+    floor = Timed(YARDSTICK, yardstick)
+    entries = [floor, *(Timed(p, steps[p]) for p in steps if outcome[p]["status"] == "ok")]
+    run_rounds(entries, rounds=rounds, reject=reject, device=device)
+    measured = {timed.name: timed for timed in entries}
+    rows = []
+    for provider, found in outcome.items():
+        row: Row = {
+            "bench": "sinkhorn_batch",
+            "case_id": f"sinkhorn_batch/{dtype}/{size.tokens}x{size.vocab}",
+            "case": {"dtype": dtype, "threads": threads, **vars(size)},
+            "provider": provider,
+            **found,
+        }
+        timed = measured.get(provider)
+        if timed is not None and timed.failure:
+            row.update(status="failed", reason=timed.failure)
+        elif timed is not None:
+            row["seconds"] = spread_row(timed.spread())
+            row["ratio_floor"] = spread_row(timed.ratio_to(floor))
+            row["rejected"], row["noisy"] = timed.rejected, timed.noisy or floor.noisy
+        rows.append(row)
+    return rows
+
+
+def run(
+    results: Optional[Path],
+    *,
+    sizes: Sequence[SinkhornBatchSize] = SINKHORN_BATCH,
+    rounds: int = 7,
+    threads: int = 2,
+    dtypes: Sequence[str] = ("fp32", "bf16"),
+    compiling: bool = True,
+    reject: bool = True,
+    device: str = "cpu",
+) -> list[Row]:
+    torch.set_num_threads(threads)
+    writer = Writer("sinkhorn_batch", results, device)
+    for size in sizes:
+        for dtype in dtypes:
+            print(f"  {size.tokens} x {size.vocab} {dtype}", file=sys.stderr, flush=True)
+            for row in run_case(
+                size,
+                dtype,
+                rounds=rounds,
+                threads=threads,
+                reject=reject,
+                compiling=compiling,
+                device=device,
+            ):
+                writer.add(row)
+    return writer.rows
+
+
+def run_bench(results: Optional[Path], *, quick: bool, **options: Any) -> list[Row]:
+    sizes = SINKHORN_BATCH_QUICK if quick else SINKHORN_BATCH
+    return run(results, sizes=sizes, compiling=not quick, **options)
+
+
+# --- the table ----------------------------------------------------------------------------------------
+
+SINKHORN_BATCH_HEADER = (
+    "rows x vocabulary",
+    "dtype",
+    "provider",
+    "time",
+    "x cdist forward",
+    "worst error",
+    "targets",
+)
+
+
+def sinkhorn_batch_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    lines = []
+    for case in cases(rows).values():
+        plain = median(case.get("torch"))
+        for row in case.values():
+            shape, mine = row["case"], median(row)
+            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            first = (shape["tokens"], shape["vocab"]) == (SINKHORN_BATCH[0].tokens, SINKHORN_BATCH[0].vocab)
+            if first and row["provider"] == "kd" and mine is not None and plain is not None:
+                verdict = "pass" if plain / mine >= SINKHORN_BATCH_SPEEDUP else "FAIL"
+                note = f"{verdict} torch >= {SINKHORN_BATCH_SPEEDUP:g}x"
+            error = row.get("error") or {}
+            lines.append(
+                (
+                    f"{shape['tokens']} x {shape['vocab']}", shape["dtype"], row["provider"],
+                    spread(row, "seconds", seconds), ratio(median(row, "ratio_floor")),
+                    f"{error['worst']:.1e}" if error else "", note,
+                )
+            )  # fmt: skip
+    return lines
+
+
+BENCH = Bench(
+    name="sinkhorn_batch",
+    title="SinKD between all rows, loss and gradient",
+    about=(
+        "The batch Sinkhorn loss (`kd.SinkhornBatch`), all rows of one model against all of the other, from "
+        "logits, with its gradient; `torch` is the published form over `torch.cdist`."
+    ),
+    header=SINKHORN_BATCH_HEADER,
+    lines=sinkhorn_batch_lines,
+    run=run_bench,
+)

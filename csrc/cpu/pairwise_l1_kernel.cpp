@@ -1,0 +1,284 @@
+// The pairwise_l1 kernel for one instruction set. A tile of the vocabulary, of all rows of both models, becomes
+// probabilities that lie in the L2 cache; small blocks of row pairs then go through it in registers. Threads share
+// the tile and take whole pairs, or whole rows of the gradient, so that no sum depends on how many they are.
+#include <cstdlib>
+
+#include "../pairwise_l1.h"
+#include "isa.h"
+#include "strip.h"
+
+namespace kd {
+namespace KD_ISA {
+namespace {
+
+template <class T>
+constexpr int kTile = kSteps * kLanes<T>;
+// From row to row: not a power of 2, or the same entry of all rows would fall on one set of the cache.
+template <class T>
+constexpr int kTileStride = kTile<T> + 64 / static_cast<int>(sizeof(T));
+
+// Pairs in registers at once: two sums of each, or one sum of two vectors.
+constexpr int kOwn = kVectorBytes == 64 ? 4 : 2;
+constexpr int kOthers = 2;
+
+// 1, -1 or 0; of NaN 1 or -1.
+template <class T>
+KD_INLINE Vec<T> sign(Vec<T> x) {
+  const Vec<T> zero(0.0);
+  const auto magnitude = to_bits(Vec<T>(1.0));
+  return select(x == zero, zero, from_bits<T>((to_bits(x) & to_bits(-zero)) | magnitude));
+}
+
+template <class T>
+KD_INLINE double total(Vec<T> x) {
+  T lanes[Vec<T>::kLanes];
+  x.store(lanes);
+  double sums[4] = {};
+  for (int i = 0; i < Vec<T>::kLanes; ++i) sums[i % 4] += static_cast<double>(lanes[i]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Rows of one side of a group that are taken together; past the last one, the last one again.
+template <class T, int kRows>
+struct RowBlock {
+  const T* at[kRows];
+
+  RowBlock(const T* tile, int64_t first, int64_t stop) {
+    for (int r = 0; r < kRows; ++r) at[r] = tile + (first + r < stop ? first + r : stop - 1) * kTileStride<T>;
+  }
+};
+
+struct PairSums {
+  double cost[kOwn][kOthers], signs[kOwn][kOthers];
+};
+
+template <class T, bool kSigns>
+void sum_pairs(const RowBlock<T, kOwn>& p, const RowBlock<T, kOthers>& q, int entries, PairSums& sums) {
+  using V = Vec<T>;
+  V cost[kOwn][kOthers], signs[kOwn][kOthers];
+  for (int i = 0; i < kOwn; ++i) {
+    for (int j = 0; j < kOthers; ++j) cost[i][j] = signs[i][j] = V(0.0);
+  }
+  for (int at = 0; at < entries; at += V::kLanes) {
+    V others[kOthers];
+#pragma GCC unroll 4
+    for (int j = 0; j < kOthers; ++j) others[j] = V::load(q.at[j] + at);
+#pragma GCC unroll 4
+    for (int i = 0; i < kOwn; ++i) {
+      const V own = V::load(p.at[i] + at);
+#pragma GCC unroll 4
+      for (int j = 0; j < kOthers; ++j) {
+        const V difference = own - others[j], direction = sign(difference);
+        cost[i][j] = fma(difference, direction, cost[i][j]);
+        if (kSigns) signs[i][j] = fma(own, direction, signs[i][j]);
+      }
+    }
+  }
+  for (int i = 0; i < kOwn; ++i) {
+    for (int j = 0; j < kOthers; ++j) {
+      sums.cost[i][j] = total(cost[i][j]);
+      if (kSigns) sums.signs[i][j] = total(signs[i][j]);
+    }
+  }
+}
+
+// Adds up sum_j weights[j][i] sign(own_i - other_j) for kOwn rows, entry by entry.
+template <class T>
+void sum_signs(const RowBlock<T, kOwn>& own, const T* others, const T* weights, int64_t count, int entries, T* out) {
+  using V = Vec<T>;
+  constexpr int kVectors = 2;  // of a row: kLanes is at least two vectors wide
+  for (int at = 0; at < entries; at += kVectors * V::kLanes) {
+    V mine[kOwn][kVectors], sums[kOwn][kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kOwn; ++i) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; ++part) {
+        mine[i][part] = V::load(own.at[i] + at + part * V::kLanes);
+        sums[i][part] = V(0.0);
+      }
+    }
+    const T* other = others + at;
+    for (int64_t j = 0; j < count; ++j, other += kTileStride<T>) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; ++part) {
+        const V theirs = V::load(other + part * V::kLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < kOwn; ++i) {
+          const V weight(static_cast<typename V::Native>(typename V::Native{} + weights[j * kOwn + i]));
+          sums[i][part] = fma(weight, sign(mine[i][part] - theirs), sums[i][part]);
+        }
+      }
+    }
+    for (int i = 0; i < kOwn; ++i) {
+      for (int part = 0; part < kVectors; ++part) sums[i][part].store(out + i * kTile<T> + at + part * V::kLanes);
+    }
+  }
+}
+
+// One model's rows: to probabilities, and gradients back.
+template <class T>
+class Model : Strip<T> {
+  using V = Vec<T>;
+
+ public:
+  Model(const Side& side, const double* statistics, const PairwiseL1& args)
+      : Strip<T>(side, args.n, args.vocab), side_(side), statistics_(statistics) {}
+
+  static int64_t tile_width() { return kTile<T>; }
+  bool wants_gradient() const { return side_.grad != nullptr; }
+
+  // Returns how many entries are filled: whole segments, with zeros at the end.
+  int fill(int64_t row, int64_t v, T* tile) {
+    this->move_to(row);
+    const int entries = this->load(side_, v, z_) * kLanes<T>;
+    const V max(statistics_[row * kPairwiseColumns + kPairwiseMax]), inverse(1.0 / side_.temperature[row]);
+    // Not exp(x - logz): that difference would round to a larger number's last digit.
+    const V share(__builtin_exp(-statistics_[row * kPairwiseColumns + kPairwiseLogz]));
+    T* target = tile + row * kTileStride<T>;
+    for (int at = 0; at < entries; at += V::kLanes)
+      (exp((V::load(z_.at + at) - max) * inverse) * share).store(target + at);
+    return entries;
+  }
+
+  // From the sums of signs, which it overwrites.
+  void store_gradient(int64_t row, int64_t v, int entries, const T* tile, double mean, bool live, T* sums) {
+    this->move_to(row);
+    if (side_.softcap != 0.0) this->load(side_, v, z_);
+    const T* p = tile + row * kTileStride<T>;
+    const V means(mean), factor(side_.scale / side_.temperature[row]), zero(0.0);
+    for (int at = 0; at < entries; at += V::kLanes) {
+      const V gradient = V::load(p + at) * (V::load(sums + at) - means) * factor;
+      (live ? gradient : zero).store(sums + at);
+    }
+    this->store(side_, v, z_, sums);
+  }
+
+ private:
+  const Side& side_;
+  const double* statistics_;
+  Block<T> z_;
+};
+
+template <class T>
+class PairwiseRunner {
+ public:
+  PairwiseRunner(const PairwiseL1& args, unsigned phases, T* tiles)
+      : args_(args),
+        phases_(phases),
+        student_(args.student, args.student_statistics, args),
+        teacher_(args.teacher, args.teacher_statistics, args),
+        p_(tiles),
+        q_(tiles + args.n * kTileStride<T>),
+        weights_(static_cast<T*>(std::malloc((args.longest + 1) * kOwn * sizeof(T)))) {}
+  ~PairwiseRunner() { std::free(weights_); }
+  PairwiseRunner(const PairwiseRunner&) = delete;
+  PairwiseRunner& operator=(const PairwiseRunner&) = delete;
+
+  // By every thread of the team. Each loop over the rows ends in a barrier.
+  void run() {
+    const int64_t blocks = (args_.longest + kOwn - 1) / kOwn, items = args_.groups * blocks;
+    for (int64_t v = 0; v < args_.vocab; v += kTile<T>) {
+      const int64_t left = args_.vocab - v;
+      const int entries = static_cast<int>(left < kTile<T> ? (left + kLanes<T> - 1) / kLanes<T> * kLanes<T>
+                                                           : static_cast<int64_t>(kTile<T>));
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < 2 * args_.n; ++row) {
+        if (row < args_.n) {
+          student_.fill(row, v, p_);
+        } else {
+          teacher_.fill(row - args_.n, v, q_);
+        }
+      }
+      if (phases_ & kTerms) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < items; ++item) add_terms(item / blocks, item % blocks * kOwn, entries);
+      }
+      if ((phases_ & kGradient) == 0) continue;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t item = 0; item < 2 * items; ++item) {
+        const int64_t group = item / 2 / blocks, first = item / 2 % blocks * kOwn;
+        if (item % 2 == 0) {
+          write_gradient(student_, p_, q_, group, first, v, entries, args_.longest, 1, args_.student_means);
+        } else {
+          write_gradient(teacher_, q_, p_, group, first, v, entries, 1, args_.longest, args_.teacher_means);
+        }
+      }
+    }
+  }
+
+ private:
+  void add_terms(int64_t group, int64_t first, int entries) const {
+    const int64_t start = args_.starts[group], stop = args_.starts[group + 1], count = stop - start;
+    if (first >= count) return;
+    const RowBlock<T, kOwn> own(p_, start + first, stop);
+    for (int64_t other = 0; other < count; other += kOthers) {
+      const RowBlock<T, kOthers> others(q_, start + other, stop);
+      PairSums sums;
+      (args_.signs ? sum_pairs<T, true> : sum_pairs<T, false>)(own, others, entries, sums);
+      for (int i = 0; i < kOwn && first + i < count; ++i) {
+        for (int j = 0; j < kOthers && other + j < count; ++j) {
+          const int64_t at = (group * args_.longest + first + i) * args_.longest + other + j;
+          args_.cost[at] += sums.cost[i][j];
+          if (args_.signs) args_.signs[at] += sums.signs[i][j];
+        }
+      }
+    }
+  }
+
+  // The weight of own row i and other row j stands at i own_step + j other_step of the group's d_cost.
+  void write_gradient(Model<T>& model, const T* own_tile, const T* other_tile, int64_t group, int64_t first, int64_t v,
+                      int entries, int64_t own_step, int64_t other_step, const double* means) {
+    const int64_t start = args_.starts[group], stop = args_.starts[group + 1], count = stop - start;
+    if (!model.wants_gradient() || first >= count) return;
+    const double* d_cost = args_.d_cost + group * args_.longest * args_.longest;
+    bool live[kOwn] = {};
+    for (int64_t j = 0; j < count; ++j) {
+      for (int i = 0; i < kOwn; ++i) {
+        const double weight = first + i < count ? d_cost[(first + i) * own_step + j * other_step] : 0.0;
+        weights_[j * kOwn + i] = static_cast<T>(weight);
+        live[i] = live[i] || weight != 0.0;
+      }
+    }
+    sum_signs(RowBlock<T, kOwn>(own_tile, start + first, stop), other_tile + start * kTileStride<T>, weights_, count,
+              entries, sums_);
+    for (int i = 0; i < kOwn && first + i < count; ++i) {
+      const int64_t row = start + first + i;
+      model.store_gradient(row, v, entries, own_tile, means[row], live[i], sums_ + i * kTile<T>);
+    }
+  }
+
+  const PairwiseL1& args_;
+  const unsigned phases_;
+  Model<T> student_, teacher_;
+  T *const p_, *const q_;
+  T* const weights_;
+  alignas(64) T sums_[kOwn * kTile<T>];
+};
+
+template <class T>
+void run(const PairwiseL1& args, unsigned phases) {
+  T* tiles = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(2 * args.n) * kTileStride<T> * sizeof(T)));
+  const double pairs = static_cast<double>(args.n) * static_cast<double>(args.longest);
+  // Waking a team costs some microseconds: as long as one thread takes for this many differences.
+  constexpr double kSmall = 1 << 16;
+  const int threads = pairs * static_cast<double>(args.vocab) < kSmall ? 1 : args.threads;
+#pragma omp parallel num_threads(threads)
+  {
+    PairwiseRunner<T> runner(args, phases, tiles);
+    runner.run();
+  }
+  std::free(tiles);
+}
+
+}  // namespace
+
+void pairwise_l1(const PairwiseL1& args, unsigned phases) {
+  if (args.student.dtype == Dtype::float64 || args.teacher.dtype == Dtype::float64) {
+    run<double>(args, phases);
+  } else {
+    run<float>(args, phases);
+  }
+}
+
+}  // namespace KD_ISA
+}  // namespace kd

@@ -1,0 +1,138 @@
+"""L1 distances between the next-token distributions of all rows of two models, as torch ops: forward, and a
+backward that recomputes the logits, slab by slab."""
+
+import torch
+from torch import Tensor
+
+from kd_kernels.drivers.pairwise_l1 import Distances, PairwiseProblem, carry_back, measure
+from kd_kernels.drivers.sides import Model
+from kd_kernels.ops.checks import check_temperatures, checks_values
+from kd_kernels.ops.schema import names
+
+# What both ops take, in the order in which autograd sees it.
+_CALL = """
+    Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight,
+    Tensor? teacher_bias, Tensor members, Tensor student_temperature, Tensor teacher_temperature,
+    Tensor scalars, ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes,
+    bool compact, bool[] needs"""
+_ARGUMENTS = names(_CALL)
+_DIFFERENTIABLE = 6  # the first six
+_STATISTICS = 4  # columns
+
+
+def _model(call: dict, side: str, which: int, gradients: bool) -> Model:
+    scale, softcap = call["scalars"].tolist()[2 * which : 2 * which + 2]
+    needs = tuple(call["needs"][3 * which : 3 * which + 3]) if gradients else (False, False, False)
+    weight, bias, temperature = (call[f"{side}_{part}"] for part in ("weight", "bias", "temperature"))
+    return Model(call[side], weight, bias, scale, softcap, temperature, needs)
+
+
+def _unpack(call: dict, gradients: bool) -> PairwiseProblem:
+    members, tokens = call["members"], call["student"].shape[:-1].numel()
+    rows = kept = None
+    if members.shape[0] == 1 and not call["compact"]:
+        kept = members[0] >= 0
+    else:
+        rows = members[members >= 0]
+        if members.shape[0] == 1 and rows.numel() == tokens:  # one group holds its tokens in their order
+            rows = None
+    return PairwiseProblem(
+        _model(call, "student", 0, gradients),
+        _model(call, "teacher", 1, gradients),
+        members,
+        rows,
+        kept,
+        *(call[name] for name in ("compute_dtype", "logits_dtype", "backend", "workspace_bytes")),
+    )
+
+
+def _check_values(problem: PairwiseProblem) -> None:
+    if checks_values(problem.members.device) and problem.n > 0:
+        check_temperatures("temperature", problem.walked(problem.student.temperature))
+        check_temperatures("teacher_temperature", problem.walked(problem.teacher.temperature))
+
+
+@torch.library.custom_op(
+    "kd_kernels::pairwise_l1", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor)"
+)
+def pairwise_l1(*arguments):
+    """``sum_v |p_iv - q_jv|`` of all pairs of a student's and a teacher's row in each group.
+
+    Args:
+        student, student_weight, student_bias: hidden ``[..., D]`` with weight ``[V, D]`` and bias ``[V]``, or
+            logits ``[..., V]`` without; N tokens in all. teacher likewise, the same tokens; both vocabularies
+            are cut to the smaller one.
+        members: ``[G, L]`` int64: each group's tokens in ascending order, -1 behind them. With
+            ``compact=False`` one group of all tokens, -1 in the place of those that do not count.
+        student_temperature, teacher_temperature: 0-d or ``[N]`` float64.
+        scalars: ``[4]`` float64 on CPU: scale and softcap (0: none) of the student, of the teacher.
+        needs: gradients wanted of the first six arguments.
+
+    Returns:
+        ``[G, L, L]``, unspecified where a member is -1; and for the backward, sums of signs ``[G, L, L]`` (or
+        empty) and statistics ``[G, L, 4]``. All in float64: beside the rows they are small.
+    """
+    call = dict(zip(_ARGUMENTS, arguments))
+    problem = _unpack(call, gradients=False)
+    _check_values(problem)
+    wanted = any(call["needs"])
+    found = measure(problem, signs=wanted)
+    return found.cost, found.signs if wanted else found.cost.new_empty(0), found.statistics
+
+
+@pairwise_l1.register_fake
+def _(*arguments):
+    call = dict(zip(_ARGUMENTS, arguments))
+    groups, longest = call["members"].shape
+
+    def of(*shape: int) -> Tensor:
+        return call["student"].new_empty(shape, dtype=torch.float64)
+
+    signs = of(groups, longest, longest) if any(call["needs"]) else of(0)
+    return of(groups, longest, longest), signs, of(groups, longest, _STATISTICS)
+
+
+@torch.library.custom_op(
+    "kd_kernels::pairwise_l1_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_cost, Tensor cost, Tensor signs, Tensor statistics, {_CALL}) -> Tensor[]",
+)
+def pairwise_l1_backward(d_cost, cost, signs, statistics, *arguments):
+    """Gradients of the wanted inputs, in order, the others left out."""
+    problem = _unpack(dict(zip(_ARGUMENTS, arguments)), gradients=True)
+    present = problem.members >= 0
+    pairs = present[:, :, None] & present[:, None, :]
+    gradients = carry_back(problem, Distances(cost, signs, statistics), torch.where(pairs, d_cost, 0.0))
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@pairwise_l1_backward.register_fake
+def _(d_cost, cost, signs, statistics, *args):
+    needs = args[-1]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, wanted in zip(args, needs) if wanted]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+    ctx.save_for_backward(*output, *[x for x in inputs if isinstance(x, Tensor)])
+
+
+def _backward(ctx, d_cost, d_signs, d_statistics):
+    if d_cost is None:
+        return (None,) * len(_ARGUMENTS)
+    saved = ctx.saved_tensors
+    made, remaining = saved[:3], iter(saved[3:])
+    inputs = [next(remaining) if x is None else x[0] for x in ctx.rest]
+    needs = inputs[-1]
+    gradients = iter(torch.ops.kd_kernels.pairwise_l1_backward(d_cost, *made, *inputs))
+    first = [next(gradients) if wanted else None for wanted in needs]
+    return (*first, *(None,) * (len(_ARGUMENTS) - _DIFFERENTIABLE))
+
+
+def _double_backward(ctx, *gradients):
+    raise RuntimeError("kd_kernels.pairwise_l1: double backward is not implemented")
+
+
+pairwise_l1.register_autograd(_backward, setup_context=_setup_context)
+pairwise_l1_backward.register_autograd(_double_backward)
