@@ -34,10 +34,13 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             # KD_KERNELS_CUDA=auto|on|off, KD_KERNELS_CUDA_ARCHS="80;90": CMakeLists.txt says what they do.
-            *(f"-D{name}={value}" for name, value in os.environ.items() if name.startswith("KD_KERNELS_CUDA")),
+            *(f"-D{k}={v}" for k, v in os.environ.items() if k.startswith("KD_KERNELS_CUDA")),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        for command in (configure, ["cmake", "--build", str(build), "--target", "_native", "kd_kernels_cuda"]):
+        for command in (
+            configure,
+            ["cmake", "--build", str(build), "--target", "_native", "kd_kernels_cuda"],
+        ):
             subprocess.run(command, check=True)
 
 

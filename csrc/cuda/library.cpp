@@ -68,6 +68,7 @@ const void* kernel(const RowDivergence& job, unsigned phases, bool held) {
   return nullptr;
 }
 
+// One call on its way to the device.
 class Launch {
  public:
   Launch(const Report& report, const RowDivergence& job, unsigned phases, const Geometry& cut, cudaStream_t stream)
@@ -118,7 +119,7 @@ class Launch {
   cudaLaunchAttribute attribute_{};
 };
 
-bool row_divergence(const Report& report, const RowDivergence& job, unsigned phases, int device, cudaStream_t stream) {
+bool enqueue(const Report& report, const RowDivergence& job, unsigned phases, int device, cudaStream_t stream) {
   if (job.n == 0 || job.vocab == 0) return true;
   Device found;
   if (!KD_GOOD(cudaSetDevice(device)) || !describe(report, device, found)) return false;
@@ -157,5 +158,5 @@ KD_EXPORT int kd_cuda_ready(int device, char* text, int64_t size) {
 KD_EXPORT int kd_cuda_row_divergence(const kd::RowDivergence* job, unsigned phases, int device, uintptr_t stream,
                                      char* text, int64_t size) {
   const kd::cuda::Report report(text, size);
-  return kd::cuda::row_divergence(report, *job, phases, device, reinterpret_cast<cudaStream_t>(stream));
+  return kd::cuda::enqueue(report, *job, phases, device, reinterpret_cast<cudaStream_t>(stream));
 }

@@ -14,19 +14,20 @@ constexpr bool kMayHold = sizeof(KD_STORAGE::Number) == sizeof(float);
 // of more; with 2, it must spill some of larger ones.
 constexpr int kLeastBlocks = KD_STORAGE::kGroup == 4 ? 2 : 1;
 
-template <class Functor, bool kHeld>
+// Storage and direction are parameters for the sake of the kernel's name (tests/cuda_resources.py reads it).
+template <class S, class Functor, bool kTeacher, bool kHeld>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks) row_kernel(const __grid_constant__ Work work) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  row_divergence<KD_STORAGE, Functor, kWithTeacher>(DeviceThread(), work, kHeld);
+  row_divergence<S, Functor, kTeacher>(DeviceThread(), work, kHeld);
 #else  // geometry.h holds rows on sm_90 and later only
-  if constexpr (!kHeld) row_divergence<KD_STORAGE, Functor, kWithTeacher>(DeviceThread(), work, kHeld);
+  if constexpr (!kHeld) row_divergence<S, Functor, kTeacher>(DeviceThread(), work, kHeld);
 #endif
 }
 
 template <class Functor>
 const void* kernel_of(bool held) {
-  if (!held) return reinterpret_cast<const void*>(&row_kernel<Functor, false>);
-  if constexpr (kMayHold) return reinterpret_cast<const void*>(&row_kernel<Functor, true>);
+  if (!held) return reinterpret_cast<const void*>(&row_kernel<KD_STORAGE, Functor, kWithTeacher, false>);
+  if constexpr (kMayHold) return reinterpret_cast<const void*>(&row_kernel<KD_STORAGE, Functor, kWithTeacher, true>);
   return nullptr;
 }
 
