@@ -6,6 +6,7 @@ No torch is needed here: the compiled part takes addresses and numbers, so one w
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_LIBRARY = "libkd_kernels_cuda.so"  # built beside the extension, where nvcc is found
 
 
 class CMakeBuild(build_ext):
@@ -42,6 +44,12 @@ class CMakeBuild(build_ext):
             ["cmake", "--build", str(build), "--target", "_native", "kd_kernels_cuda"],
         ):
             subprocess.run(command, check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "kd_kernels" / CUDA_LIBRARY
+        if built.exists():
+            shutil.copy2(built, ROOT / "kd_kernels" / CUDA_LIBRARY)
 
 
 setup(ext_modules=[Extension("kd_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -3,8 +3,8 @@
     python benchmarks/gpu_cuda.py     # the three small cases that the sanitizer watches
 
 They were written where there was no GPU: until this has passed on one, nothing is known of their speed, and
-of their results only what the host's threads show (csrc/tests/test_cuda_row_divergence.cpp). Where the machine
-has no nvcc, the library that was built elsewhere (kd_kernels/libkd_kernels_cuda.so) is used as it is.
+of their results only what the host's threads show (csrc/tests/test_cuda_row_divergence.cpp). Where the
+machine has no nvcc, the library that was built elsewhere (kd_kernels/libkd_kernels_cuda.so) is used as it is.
 """
 
 from __future__ import annotations

@@ -71,8 +71,12 @@ const void* kernel(const RowDivergence& job, unsigned phases, bool held) {
 // One call on its way to the device.
 class Launch {
  public:
-  Launch(const Report& report, const RowDivergence& job, unsigned phases, const Geometry& cut, cudaStream_t stream)
-      : report(report), function_(kernel(job, phases, cut.held)), cut_(cut) {
+  Launch(const Report& report, const RowDivergence& job, unsigned phases, const Device& device, cudaStream_t stream)
+      : report(report),
+        cut_(geometry(job, phases, device)),
+        shared_bytes_(device.shared_bytes),
+        function_(kernel(job, phases, cut_.held)) {
+    const Geometry& cut = cut_;
     work_ = {job, phases, 0, cut.width, cut.student_bytes};
     config_.blockDim = dim3(kThreads);
     config_.dynamicSmemBytes = static_cast<size_t>(cut.shared_bytes);
@@ -87,8 +91,9 @@ class Launch {
   // Asks for the shared memory and the cluster; `possible`: whether the device has room for one.
   bool prepare(bool& possible) {
     possible = true;
-    if (!KD_GOOD(cudaFuncSetAttribute(function_, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(cut_.shared_bytes))))
+    // As much as there is: another thread may be launching the same kernel with more than this call needs.
+    if (cut_.held && !KD_GOOD(cudaFuncSetAttribute(function_, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes_))))
       return false;
     if (cut_.ranks == 1) return true;
     if (cut_.ranks > 8 && !KD_GOOD(cudaFuncSetAttribute(function_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
@@ -112,8 +117,9 @@ class Launch {
 
  private:
   const Report& report;
-  const void* function_;
   const Geometry cut_;
+  const int64_t shared_bytes_;
+  const void* function_;
   Work work_{};
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
@@ -126,7 +132,7 @@ bool enqueue(const Report& report, const RowDivergence& job, unsigned phases, in
   // A part of a device (MIG) may not have room for the cluster: then as on a device that has none.
   for (const bool clusters : {true, false}) {
     if (!clusters) found.major = 0;
-    Launch launch(report, job, phases, geometry(job, phases, found), stream);
+    Launch launch(report, job, phases, found, stream);
     bool possible = false;
     if (!launch.prepare(possible)) return false;
     if (possible) return launch.run();
@@ -145,13 +151,14 @@ KD_EXPORT int64_t kd_cuda_job_bytes() { return sizeof(kd::RowDivergence); }
 // 1 where `device` can run the kernels; else 0, and the reason in `text`.
 KD_EXPORT int kd_cuda_ready(int device, char* text, int64_t size) {
   const kd::cuda::Report report(text, size);
-  int count = 0;
-  if (!KD_GOOD(cudaGetDeviceCount(&count))) return 0;
-  int major = 0;
-  if (!KD_GOOD(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))) return 0;
-  if (major >= 8) return 1;
-  std::snprintf(text, static_cast<size_t>(size), "needs compute capability 8.0 or later, the device has %d.x", major);
-  return 0;
+  int count = 0, current = 0;
+  if (!KD_GOOD(cudaGetDeviceCount(&count)) || !KD_GOOD(cudaGetDevice(&current)) || !KD_GOOD(cudaSetDevice(device)))
+    return 0;
+  // Fails where the library was compiled for other GPUs only.
+  cudaFuncAttributes attributes;
+  const void* any = kd::cuda::kernel_Float32_student(kd::Objective::forward_kl, false);
+  const bool ready = KD_GOOD(cudaFuncGetAttributes(&attributes, any));
+  return KD_GOOD(cudaSetDevice(current)) && ready;
 }
 
 // Enqueues the call on `stream` of `device`; 0 where that failed, and the reason in `text`.
