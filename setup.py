@@ -26,6 +26,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         # It names the ninja of an isolated build environment that no longer exists.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
+        (target / CUDA_LIBRARY).unlink(missing_ok=True)  # an earlier build's, should this one leave it out
         configure = [
             "cmake",
             "-S", str(ROOT),

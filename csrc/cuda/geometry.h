@@ -39,9 +39,9 @@ inline Geometry cut(const RowDivergence& job, int ranks) {
 }
 
 // Clusters are cut alike whatever phases run, so that phases apart give the bits of all at once. Few enough
-// blocks of a row to hold it, but so many that two blocks fit on a multiprocessor: one reads while the other
-// computes. Rows that 16 blocks cannot hold (fp32 pairs beyond 463,000 entries on sm_90) are read by one block,
-// in every walk anew.
+// blocks of a row to hold it, but so many that the shared memory of a multiprocessor has room for two: where their
+// registers fit too (tests/cuda_resources.json), one reads while the other computes. Rows that 16 blocks cannot
+// hold (fp32 pairs beyond 463,104 entries on sm_90) are read by one block, in every walk anew.
 inline Geometry geometry(const RowDivergence& job, unsigned phases, const Device& device) {
   const bool wide = job.student.dtype == Dtype::float64 || job.teacher.dtype == Dtype::float64;
   const unsigned walks = (phases & kStatistics ? 1 : 0) + (phases & kTerms ? 1 : 0) + (phases & kGradient ? 1 : 0);
