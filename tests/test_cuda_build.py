@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -174,10 +175,19 @@ def test_info_says_what_it_is(capsys):
     assert "never run on a GPU" in line
 
 
-def configure(tmp_path: Path, *options: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DKD_KERNELS_PYTHON=OFF", *options]
-    environment = {**os.environ, "PATH": path, "CUDACXX": ""}
+# cmake and ninja stand beside the interpreter, which need not be on the path.
+SEARCH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def cmake(*arguments: str, path: str = SEARCH) -> subprocess.CompletedProcess:
+    command = [shutil.which("cmake", path=path) or "cmake", *arguments]
+    environment = {**os.environ, "PATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def configure(tmp_path: Path, *options: str, path: str = SEARCH) -> subprocess.CompletedProcess:
+    where = ("-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja")
+    return cmake(*where, "-DKD_KERNELS_PYTHON=OFF", *options, path=path)
 
 
 def test_left_out_with_a_reason(tmp_path):
@@ -188,7 +198,7 @@ def test_left_out_with_a_reason(tmp_path):
     bare = tmp_path / "bin"
     bare.mkdir()
     for tool in ("cmake", "ninja", "c++", "cc", "g++", "gcc", "as", "ld", "ar", "make", "uname"):
-        if found := shutil.which(tool):
+        if found := shutil.which(tool, path=SEARCH):
             (bare / tool).symlink_to(found)
     none = configure(tmp_path / "none", "-DKD_KERNELS_CUDA=on", "-DCMAKE_CUDA_COMPILER=", path=str(bare))
     assert none.returncode != 0 and "no working nvcc was found" in none.stderr
@@ -198,10 +208,9 @@ def test_left_out_with_a_reason(tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_default_set_compiles_without_a_warning(tmp_path):
     """sm_80, sm_90, sm_100 and PTX; a warning or a spilled register is an error. Takes minutes."""
-    done = configure(tmp_path, "-DKD_KERNELS_CUDA=on", "-DKD_KERNELS_CUDA_STRICT=ON", "-G", "Ninja")
+    done = configure(tmp_path, "-DKD_KERNELS_CUDA=on", "-DKD_KERNELS_CUDA_STRICT=ON")
     assert done.returncode == 0, done.stderr
-    build = ["cmake", "--build", str(tmp_path), "--target", "kd_kernels_cuda"]
-    done = subprocess.run(build, capture_output=True, text=True)
+    done = cmake("--build", str(tmp_path), "--target", "kd_kernels_cuda")
     assert done.returncode == 0, done.stdout[-3000:]
     (library,) = tmp_path.rglob(LIBRARY.name)
     found = compiled(library)
