@@ -15,14 +15,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from harness import Timed, run_rounds
-from torch import Tensor
-
-import kd_kernels as kd
-from kd_kernels import native_cuda
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from harness import Timed, run_rounds  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import kd_kernels as kd  # noqa: E402
+from kd_kernels import native_cuda  # noqa: E402
+
 OBJECTIVES = (
     kd.ForwardKL(),
     kd.ReverseKL(),
@@ -138,5 +140,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     raise SystemExit(main())
