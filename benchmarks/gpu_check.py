@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import bench_head  # noqa: E402
 import bench_rows  # noqa: E402
+import gpu_cuda  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
 from harness import Timed, run_rounds  # noqa: E402
@@ -183,6 +184,10 @@ def main() -> int:
         summary["topk ms"] = topk_times() if clock.left > PER_CASE else "no time left"
     except Exception as error:
         left_out.append(f"topk: {type(error).__name__}: {error}".splitlines()[0][:300])
+    try:
+        summary["cuda"] = gpu_cuda.check(options.out, lambda: clock.left)
+    except Exception as error:
+        summary["cuda"] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     summary["left out"], summary["clocks after"] = left_out, clocks()
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if head:
@@ -190,7 +195,8 @@ def main() -> int:
     if rows:
         print(report.rows_text(rows))
     print(json.dumps(summary, indent=1))
-    return 0 if str(summary.get("tests", "exit 0")).startswith("exit 0") else 1
+    passed = str(summary.get("tests", "exit 0")).startswith("exit 0") and not summary["cuda"].get("failed")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Optional
 
 import torch
 
-from kd_kernels import native, triton_runtime
+from kd_kernels import native, native_cuda, triton_runtime
 from kd_kernels.reference.angle import angle as reference_angle
 from kd_kernels.reference.gather import gather as reference_gather
 from kd_kernels.reference.pairwise_l1 import pairwise_l1 as reference_pairwise_l1
@@ -47,7 +47,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
     "row_divergence": {
         "cpu": (native.row_divergence, _cpu_objections),
         "triton": (triton_runtime.row_divergence, triton_runtime.why_not),
-        "cuda": (None, _not_built),
+        "cuda": (native_cuda.row_divergence, native_cuda.why_not),
         "reference": (reference_row_divergence, lambda device: []),
     },
     "gather": {
@@ -121,6 +121,8 @@ def pick(op: str, device: torch.device, backend: Optional[str]) -> tuple[str, Ro
         reasons = objections(device)
         if backend is None and name == "triton" and device.type == "cpu":
             reasons = reasons or ["interpreted only when named"]
+        if backend is None and name == "cuda":
+            reasons = reasons or [native_cuda.STANDING]
         if not reasons and kernel is not None:
             if name == "reference" and backend is None and device.type == "cpu":
                 _warn_slow(refused)

@@ -9,6 +9,7 @@ from test_gather_kernel import check as check_gather
 from test_topk_kernel import check as check_topk
 
 import kd_kernels as kd
+from kd_kernels import native_cuda
 from kd_kernels.reference.dense import dense_distill
 
 pytestmark = [
@@ -336,3 +337,80 @@ def test_a_cached_teacher(dtype, objective):
     (ids, ours), (want_ids, want) = results
     assert (ids == want_ids).float().mean() > 0.99  # GEMMs may round near ties differently
     assert all(error(x, y) < 2e-2 for x, y in zip(ours, want))
+
+
+# --- the CUDA kernels beside Triton's ---------------------------------------------------------------------
+
+needs_cuda_kernels = pytest.mark.skipif(
+    torch.cuda.is_available() and bool(native_cuda.why_not(torch.device("cuda"))),
+    reason="the CUDA kernels cannot serve here: python -m kd_kernels info says why",
+)
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+@pytest.mark.parametrize("kinds", SOURCES, ids="x".join)
+@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+def test_the_cuda_kernels(objective, kinds, dtype):
+    batch = GpuBatch()
+    student, teacher = (batch.source(side, kind, dtype) for side, kind in zip(("student", "teacher"), kinds))
+    for option in ("cross-entropy at temperature", "none", "everything"):
+        compare(batch, student, teacher, objective, "cuda", **SMALL, **OPTIONS[option](batch))
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+@pytest.mark.parametrize("vocab", [1, 31, 32000, 50257, 128256, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
+def test_the_cuda_kernels_at_real_vocabularies(objective, vocab, dtype):
+    batch = GpuBatch(lead=(70,), vocab=vocab, student_width=32, teacher_width=48)
+    student = batch.source("student", "head", dtype)
+    teacher = batch.source("teacher", "head", dtype, grad=False)
+    if vocab > 1:  # one entry has nothing to learn: its gradients are 0, and so is what they are measured by
+        compare(batch, student, teacher, objective, "cuda")
+    ours = kd.distill(student, teacher, objective, backend="cuda")
+    theirs = kd.distill(student, teacher, objective, backend="triton")
+    assert abs(ours - theirs) <= 1e-5 * abs(theirs) + 1e-7
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize(
+    "vocab", [50257, 128256, 500000]
+)  # not aligned, held by a cluster, beyond its memory
+def test_a_hundred_runs_of_the_cuda_kernels_are_bitwise_equal(vocab):
+    student, teacher = heads(40, vocab, torch.float32)
+    first = step(student, teacher, kd.JensenShannon(), backend="cuda")
+    for _ in range(100):
+        again = step(student, teacher, kd.JensenShannon(), backend="cuda")
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@needs_cuda_kernels
+def test_the_cuda_kernels_beyond_2_to_the_31_logits():
+    tokens, vocab = 17000, 131072
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GiB of device memory")
+    logits = torch.randn(tokens, vocab, device="cuda", dtype=torch.bfloat16)
+    teacher = logits.roll(1, 0)
+    ours, theirs = (
+        kd.distill(logits, teacher, kd.JensenShannon(), reduction="none", backend=backend)
+        for backend in ("cuda", "triton")
+    )
+    assert error(ours, theirs) < 1e-4
+
+
+@needs_cuda_kernels
+def test_the_cuda_kernels_in_a_graph():
+    student, teacher = heads(128, 40000, torch.bfloat16)
+    options = {"compact": False, "backend": "cuda"}
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        for _ in range(3):
+            step(student, teacher, kd.SkewKL(), **options)
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(student, teacher, kd.SkewKL(), **options)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(student, teacher, kd.SkewKL(), **options)))

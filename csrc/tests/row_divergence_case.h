@@ -18,6 +18,7 @@ struct Model {
   std::vector<char> logits, grad;
   std::vector<int64_t> offsets, grad_offsets;
   bool want_grad = true, in_place = false;
+  int64_t start = 0, gap = 0;  // row-major: entries before the first row, and between two
 };
 
 struct Case {
@@ -37,21 +38,23 @@ struct Case {
     teacher.temperature.assign(n, 1.0);
   }
 
-  int64_t ld() const { return row_major ? vocab : n; }
-  int64_t index(int64_t row, int64_t v) const { return row_major ? row * vocab + v : v * n + row; }
+  int64_t index(const Model& m, int64_t row, int64_t v) const {
+    return row_major ? m.start + row * (vocab + m.gap) + v : v * n + row;
+  }
+  int64_t entries(const Model& m) const { return index(m, n - 1, vocab - 1) + 1; }
   double logit(const Model& m, int64_t row, int64_t v) const {
-    return decode(m.logits.data() + index(row, v) * size_of(m.dtype), m.dtype);
+    return decode(m.logits.data() + index(m, row, v) * size_of(m.dtype), m.dtype);
   }
   void set(Model& m, int64_t row, int64_t v, double value) {
-    encode(value, m.logits.data() + index(row, v) * size_of(m.dtype), m.dtype);
+    encode(value, m.logits.data() + index(m, row, v) * size_of(m.dtype), m.dtype);
   }
   double gradient(const Model& m, int64_t row, int64_t v) const {
     const auto& bytes = m.in_place ? m.logits : m.grad;
-    return decode(bytes.data() + index(row, v) * size_of(m.grad_dtype), m.grad_dtype);
+    return decode(bytes.data() + index(m, row, v) * size_of(m.grad_dtype), m.grad_dtype);
   }
 
   void allocate() {
-    for (Model* m : {&student, &teacher}) m->logits.assign(n * vocab * size_of(m->dtype), 0);
+    for (Model* m : {&student, &teacher}) m->logits.assign(entries(*m) * size_of(m->dtype), 0);
   }
   void randomize(Random& random, double spread, double difference) {
     allocate();
@@ -65,8 +68,8 @@ struct Case {
 
   kd::Side side(Model& m) {
     m.offsets.clear();
-    for (int64_t row = 0; row_major && row < n; ++row) m.offsets.push_back(row * vocab);
-    if (m.want_grad && !m.in_place) m.grad.assign(n * vocab * size_of(m.grad_dtype), 0x55);
+    for (int64_t row = 0; row_major && row < n; ++row) m.offsets.push_back(index(m, row, 0));
+    if (m.want_grad && !m.in_place) m.grad.assign(entries(m) * size_of(m.grad_dtype), 0x55);
     kd::Side side;
     side.logits = m.logits.data();
     side.dtype = m.dtype;

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kd_kernels import native
+from kd_kernels import native, native_cuda
 from kd_kernels.backends import TABLE
 from kd_kernels.cli.common import devices, emit
 from kd_kernels.gemm import route
@@ -44,6 +44,7 @@ def collect() -> dict[str, Any]:
             "instruction_set": None if missing else native.module().instruction_set(),
             "missing": missing,
         },
+        "cuda": {"built": native_cuda.LIBRARY.exists(), "standing": native_cuda.STANDING},
         "float32_logits": {str(dtype)[6:]: route(dtype) for dtype in (torch.bfloat16, torch.float16)},
         "devices": [
             {
@@ -65,6 +66,7 @@ def show(found: dict[str, Any]) -> None:
     print(f"python     {found['python']} ({found['machine']})")
     print(f"torch      {found['torch']}, {found['threads']} threads")
     print(f"native     {found['native']['missing'] or found['native']['instruction_set']}")
+    print(f"cuda       {'built' if found['cuda']['built'] else 'not built'}; {found['cuda']['standing']}")
     for dtype, way in found["float32_logits"].items():
         print(f"{dtype + ' -> float32 logits on CPU':34s} {_ROUTES[way]}")
     for device in found["devices"]:
