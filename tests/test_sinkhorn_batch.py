@@ -279,6 +279,32 @@ def test_neither_threads_nor_groups_change_the_bits():
         assert all(torch.equal(x, y) for x, y in zip(other, found[0]))
 
 
+def test_groups_too_uneven_for_sums_of_their_own_sections():
+    """One large group beside many of one token: threads share the tiles there."""
+    batch = Batch(lead=(363,), vocab=40)
+    groups = torch.arange(363).clamp(min=299) - 299
+
+    def step(rows, threads):
+        torch.set_num_threads(threads)
+        logits = [
+            batch.source(side, "logits", torch.float32).values.detach()[rows]
+            for side in ("student", "teacher")
+        ]
+        logits[0].requires_grad_()
+        objective = kd.SinkhornBatch(iterations=3)
+        loss = kd.distill(*logits, objective, reduction="sum", groups=groups[rows], backend="cpu")
+        return [loss.detach(), *torch.autograd.grad(loss, logits[0])]
+
+    try:
+        whole, alone = step(slice(None), 1), step(slice(0, 300), 1)
+        assert all(torch.equal(x, y) for x, y in zip(whole, step(slice(None), 2)))
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(whole[1][:300], alone[1], rtol=1e-4, atol=1e-7)
+    single = step(slice(300, None), 1)
+    torch.testing.assert_close(whole[0], alone[0] + single[0], rtol=1e-5, atol=0)
+
+
 def test_slabs_change_hardly_anything():
     _, student, teacher = pair(dtype=torch.float32, vocab=5000)
     one, many = (

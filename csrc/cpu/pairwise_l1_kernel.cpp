@@ -1,6 +1,7 @@
 // The pairwise_l1 kernel for one instruction set. A tile of the vocabulary, of all rows of both models, becomes
-// probabilities that lie in the L2 cache; small blocks of row pairs then go through it in registers. Threads share
-// the tile and take whole pairs, or whole rows of the gradient, so that no sum depends on how many they are.
+// probabilities that lie in the L2 cache; small blocks of row pairs then go through it in registers. The vocabulary is
+// cut into sections, each one thread's, whose sums are added up in order; where those would take too much memory,
+// threads share a tile instead and take whole pairs, or whole rows of the gradient. No sum depends on their number.
 #include <cstdlib>
 
 #include "../pairwise_l1.h"
@@ -174,52 +175,60 @@ class PairwiseRunner {
   PairwiseRunner(const PairwiseRunner&) = delete;
   PairwiseRunner& operator=(const PairwiseRunner&) = delete;
 
-  // By every thread of the team. Each loop over the rows ends in a barrier.
-  void run() {
+  // The tiles from `first` to `last`, adding to cost and signs. With kTeam by every thread of the team at once, which
+  // shares the tiles and waits for all of it at the end of each loop over rows.
+  template <bool kTeam>
+  void run(int64_t first, int64_t last, double* cost, double* signs) {
     const int64_t blocks = (args_.longest + kOwn - 1) / kOwn, items = args_.groups * blocks;
-    for (int64_t v = 0; v < args_.vocab; v += kTile<T>) {
+    for (int64_t v = first * kTile<T>; v < last * kTile<T> && v < args_.vocab; v += kTile<T>) {
       const int64_t left = args_.vocab - v;
       const int entries = static_cast<int>(left < kTile<T> ? (left + kLanes<T> - 1) / kLanes<T> * kLanes<T>
                                                            : static_cast<int64_t>(kTile<T>));
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < 2 * args_.n; ++row) {
+      each<kTeam>(2 * args_.n, [&](int64_t row) {
         if (row < args_.n) {
           student_.fill(row, v, p_);
         } else {
           teacher_.fill(row - args_.n, v, q_);
         }
-      }
-      if (phases_ & kTerms) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < items; ++item) add_terms(item / blocks, item % blocks * kOwn, entries);
-      }
+      });
+      if (phases_ & kTerms)
+        each<kTeam>(items, [&](int64_t item) { add_terms(item / blocks, item % blocks * kOwn, entries, cost, signs); });
       if ((phases_ & kGradient) == 0) continue;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t item = 0; item < 2 * items; ++item) {
-        const int64_t group = item / 2 / blocks, first = item / 2 % blocks * kOwn;
+      each<kTeam>(2 * items, [&](int64_t item) {
+        const int64_t group = item / 2 / blocks, own = item / 2 % blocks * kOwn;
         if (item % 2 == 0) {
-          write_gradient(student_, p_, q_, group, first, v, entries, args_.longest, 1, args_.student_means);
+          write_gradient(student_, p_, q_, group, own, v, entries, args_.longest, 1, args_.student_means);
         } else {
-          write_gradient(teacher_, q_, p_, group, first, v, entries, 1, args_.longest, args_.teacher_means);
+          write_gradient(teacher_, q_, p_, group, own, v, entries, 1, args_.longest, args_.teacher_means);
         }
-      }
+      });
     }
   }
 
  private:
-  void add_terms(int64_t group, int64_t first, int entries) const {
+  template <bool kTeam, class Work>
+  static void each(int64_t count, const Work& work) {
+    if (kTeam) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count; ++i) work(i);
+    } else {
+      for (int64_t i = 0; i < count; ++i) work(i);
+    }
+  }
+
+  void add_terms(int64_t group, int64_t first, int entries, double* cost, double* signs) const {
     const int64_t start = args_.starts[group], stop = args_.starts[group + 1], count = stop - start;
     if (first >= count) return;
     const RowBlock<T, kOwn> own(p_, start + first, stop);
     for (int64_t other = 0; other < count; other += kOthers) {
       const RowBlock<T, kOthers> others(q_, start + other, stop);
       PairSums sums;
-      (args_.signs ? sum_pairs<T, true> : sum_pairs<T, false>)(own, others, entries, sums);
+      (signs ? sum_pairs<T, true> : sum_pairs<T, false>)(own, others, entries, sums);
       for (int i = 0; i < kOwn && first + i < count; ++i) {
         for (int j = 0; j < kOthers && other + j < count; ++j) {
           const int64_t at = (group * args_.longest + first + i) * args_.longest + other + j;
-          args_.cost[at] += sums.cost[i][j];
-          if (args_.signs) args_.signs[at] += sums.signs[i][j];
+          cost[at] += sums.cost[i][j];
+          if (signs) signs[at] += sums.signs[i][j];
         }
       }
     }
@@ -256,18 +265,64 @@ class PairwiseRunner {
 };
 
 template <class T>
-void run(const PairwiseL1& args, unsigned phases) {
-  T* tiles = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(2 * args.n) * kTileStride<T> * sizeof(T)));
-  const double pairs = static_cast<double>(args.n) * static_cast<double>(args.longest);
-  // Waking a team costs some microseconds: as long as one thread takes for this many differences.
-  constexpr double kSmall = 1 << 16;
-  const int threads = pairs * static_cast<double>(args.vocab) < kSmall ? 1 : args.threads;
+struct Tiles {
+  explicit Tiles(int64_t n)
+      : at(static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(2 * n) * kTileStride<T> * sizeof(T)))) {}
+  ~Tiles() { std::free(at); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  T* const at;
+};
+
+template <class T>
+void run_shared(const PairwiseL1& args, unsigned phases, int64_t tiles, int threads) {
+  const Tiles<T> shared(args.n);
 #pragma omp parallel num_threads(threads)
   {
-    PairwiseRunner<T> runner(args, phases, tiles);
-    runner.run();
+    PairwiseRunner<T> runner(args, phases, shared.at);
+    runner.template run<true>(0, tiles, args.cost, args.signs);
   }
-  std::free(tiles);
+}
+
+// `sums`: [sections, cost and signs, pairs] zeros, or null without kTerms.
+template <class T>
+void run_sections(const PairwiseL1& args, unsigned phases, int64_t tiles, int64_t sections, int64_t pairs, double* sums,
+                  int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const Tiles<T> own(args.n);
+    PairwiseRunner<T> runner(args, phases, own.at);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t section = 0; section < sections; ++section) {
+      double* cost = sums ? sums + 2 * section * pairs : nullptr;
+      runner.template run<false>(tiles * section / sections, tiles * (section + 1) / sections, cost,
+                                 args.signs ? cost + pairs : nullptr);
+    }
+  }
+  if (!sums) return;
+  for (int64_t section = 0; section < sections; ++section) {
+    const double* cost = sums + 2 * section * pairs;
+    for (int64_t i = 0; i < pairs; ++i) args.cost[i] += cost[i];
+    for (int64_t i = 0; args.signs && i < pairs; ++i) args.signs[i] += cost[pairs + i];
+  }
+}
+
+template <class T>
+void run(const PairwiseL1& args, unsigned phases) {
+  constexpr int64_t kSections = 32, kMostSums = int64_t{8} << 20;  // numbers
+  const int64_t tiles = (args.vocab + kTile<T> - 1) / kTile<T>, sections = tiles < kSections ? tiles : kSections;
+  const int64_t pairs = args.groups * args.longest * args.longest;
+  // Waking a team costs some microseconds: as long as one thread takes for this many differences.
+  constexpr double kSmall = 1 << 16;
+  const double differences =
+      static_cast<double>(args.n) * static_cast<double>(args.longest) * static_cast<double>(args.vocab);
+  const int threads = differences < kSmall ? 1 : args.threads;
+  if (2 * sections * pairs > kMostSums) return run_shared<T>(args, phases, tiles, threads);
+  double* sums = nullptr;
+  if (phases & kTerms)
+    sums = static_cast<double*>(std::calloc(static_cast<size_t>(2 * sections * pairs + 1), sizeof(double)));
+  run_sections<T>(args, phases, tiles, sections, pairs, sums, threads);
+  std::free(sums);
 }
 
 }  // namespace

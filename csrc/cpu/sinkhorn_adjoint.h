@@ -145,6 +145,7 @@ class UnrolledAdjoint : Transport<T> {
       : Base(args),
         scaled_(n_ * padded_),
         gradient_(n_ * padded_),
+        least_(n_),
         d_phi_(n_),
         d_psi_(padded_),
         next_d_psi_(padded_),
@@ -157,13 +158,14 @@ class UnrolledAdjoint : Transport<T> {
   void run(int64_t problem) {
     this->move_to(problem);
     begin();
+    const bool scaling = to_scalings();
     T* d_a = static_cast<T*>(args_.d_a) + problem * n_;
     T* d_b = static_cast<T*>(args_.d_b) + problem * args_.m;
     for (int64_t i = 0; i < n_; ++i) d_a[i] = 0;
     for (int64_t j = 0; j < args_.m; ++j) d_b[j] = 0;
     for (int64_t step = args_.iterations - 1; step >= 0; --step) {
       for (int64_t j = 0; j < args_.m; ++j) d_b[j] += d_psi_.at[j];
-      back(step, d_a);
+      scaling ? back<true>(step, d_a) : back<false>(step, d_a);
     }
     for (int64_t i = 0; i < n_; ++i) {
       T* out = static_cast<T*>(args_.d_cost) + at_row(i);
@@ -201,27 +203,74 @@ class UnrolledAdjoint : Transport<T> {
     }
   }
 
+  const T* phi(int64_t step) const {
+    return static_cast<const T*>(args_.phi_history) + (this->problem_ * args_.iterations + step) * n_;
+  }
+  const T* psi(int64_t step) const {
+    return static_cast<const T*>(args_.psi_history) + (this->problem_ * args_.iterations + step) * args_.m;
+  }
+
+  // Where scalings have room, exponentials of the costs in the place of the costs: one for all iterations. Returns
+  // whether they had.
+  bool to_scalings() {
+    if (args_.domain == kLogDomain) return false;
+    T largest = 0;  // of all logarithms
+    const auto meet = [&](T x) { largest = largest > x ? largest : x > -x ? x : -x; };
+    for (int64_t i = 0; i < n_; ++i) {
+      if (a_[i] == 0) continue;
+      T least = kInfinity<T>;
+      const T* scaled = scaled_.at + i * padded_;
+      for (int64_t j = 0; j < padded_; ++j) least = scaled[j] < least ? scaled[j] : least;
+      least_.at[i] = least < kInfinity<T> ? least : 0;
+      for (int64_t j = 0; j < padded_; ++j)
+        if (scaled[j] < kInfinity<T>) meet(scaled[j] - least_.at[i]);
+      for (int64_t step = 0; step < args_.iterations; ++step) meet(phi(step)[i] - least_.at[i]);
+    }
+    for (int64_t step = 0; step < args_.iterations; ++step)
+      for (int64_t j = 0; j < args_.m; ++j)
+        if (b_.at[j] > 0) meet(psi(step)[j]);
+    if (!(largest <= T(kScalingRoom))) return false;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (a_[i] == 0) continue;
+      T* scaled = scaled_.at + i * padded_;
+      const V least(static_cast<double>(least_.at[i]));
+      for (int64_t j = 0; j < padded_; j += V::kLanes) exp(least - V::load(scaled + j)).store(scaled + j);
+    }
+    return true;
+  }
+
+  template <bool kScaling>
+  static KD_INLINE V entry(V row, V column, V scaled) {
+    return kScaling ? (row * column) * scaled : plan_entry(row, column, scaled);
+  }
+
   // Through one iteration: from d_phi_ and d_psi_ behind it to d_psi_ before it.
+  template <bool kScaling>
   void back(int64_t step, T* d_a) {
-    const T* phi = static_cast<const T*>(args_.phi_history) + (this->problem_ * args_.iterations + step) * n_;
-    const T* psi = static_cast<const T*>(args_.psi_history) + (this->problem_ * args_.iterations + step) * args_.m;
-    this->copy(psi, args_.m, psi_.at, -kInfinity<T>);
+    this->copy(psi(step), args_.m, psi_.at, -kInfinity<T>);
     if (step > 0) {
-      this->copy(psi - args_.m, args_.m, before_.at, -kInfinity<T>);
+      this->copy(psi(step - 1), args_.m, before_.at, -kInfinity<T>);
     } else {
       for (int64_t j = 0; j < padded_; ++j) before_.at[j] = b_.at[j] > 0 ? T(0) : -kInfinity<T>;
     }
     for (int64_t j = 0; j < padded_; ++j) per_b_.at[j] = b_.at[j] > 0 ? d_psi_.at[j] / b_.at[j] : T(0);
+    if (kScaling) {
+      for (int64_t j = 0; j < padded_; j += V::kLanes) {
+        exp(V::load(psi_.at + j)).store(psi_.at + j);
+        exp(V::load(before_.at + j)).store(before_.at + j);
+      }
+    }
     next_d_psi_.fill(0);
     const V inverse(1.0 / epsilon());
     for (int64_t i = 0; i < n_; ++i) {
       if (a_[i] == 0) continue;
       const T* scaled = scaled_.at + i * padded_;
       T* gradient = gradient_.at + i * padded_;
-      const V potential(static_cast<double>(phi[i]));
+      const double log_row = static_cast<double>(phi(step)[i]);
+      const V own(kScaling ? __builtin_exp(log_row - static_cast<double>(least_.at[i])) : log_row);
       V sums(0.0);
       for (int64_t j = 0; j < padded_; j += V::kLanes) {
-        const V column = plan_entry(potential, V::load(psi_.at + j), V::load(scaled + j)) * V::load(per_b_.at + j);
+        const V column = entry<kScaling>(own, V::load(psi_.at + j), V::load(scaled + j)) * V::load(per_b_.at + j);
         column.store(plan_.at + j);
         sums = sums + column;
       }
@@ -230,7 +279,7 @@ class UnrolledAdjoint : Transport<T> {
       d_a[i] += d_phi;
       const V per_a(static_cast<double>(d_phi / a_[i]));
       for (int64_t j = 0; j < padded_; j += V::kLanes) {
-        const V row = plan_entry(potential, V::load(before_.at + j), V::load(scaled + j)) * per_a;
+        const V row = entry<kScaling>(own, V::load(before_.at + j), V::load(scaled + j)) * per_a;
         fma(V::load(plan_.at + j) + row, inverse, V::load(gradient + j)).store(gradient + j);
         (V::load(next_d_psi_.at + j) - row).store(next_d_psi_.at + j);
       }
@@ -238,7 +287,7 @@ class UnrolledAdjoint : Transport<T> {
     for (int64_t j = 0; j < padded_; ++j) d_psi_.at[j] = next_d_psi_.at[j];
   }
 
-  Buffer<T> scaled_, gradient_, d_phi_, d_psi_, next_d_psi_, per_b_, psi_, before_, row_, plan_;
+  Buffer<T> scaled_, gradient_, least_, d_phi_, d_psi_, next_d_psi_, per_b_, psi_, before_, row_, plan_;
 };
 
 // In double: where plans are nearly permutations the system is nearly singular.
