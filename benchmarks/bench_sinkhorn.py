@@ -238,7 +238,8 @@ def sinkhorn_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
             wanted = SINKHORN_SPEEDUP.get((given["what"], given["dtype"]))
             full = SINKHORN[given["what"]] == size
-            if row["provider"] == "kd" and full and wanted is not None and None not in (mine, pot):
+            judged = full and wanted is not None and row["provider"] in ("kd", "kd implicit")
+            if judged and None not in (mine, pot):
                 note = f"{'pass' if pot / mine >= wanted else 'FAIL'} pot >= {wanted:g}x"
             error = row.get("error") or {}
             lines.append(
