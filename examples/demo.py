@@ -260,7 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for what is written")
     parser.add_argument(
-        "--minutes-budget", type=float, default=2.4, help="train less where this would not be enough"
+        "--minutes-budget", type=float, default=2.2, help="train less where this would not be enough"
     )
     options = parser.parse_args()
     if native.why_not():
