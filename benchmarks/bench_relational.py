@@ -13,18 +13,15 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from bench_head import spread_row
-from bench_sparse import errors
-from harness import Timed, run_rounds
-from providers import Unavailable, backend, by_name, forget_compiled, need
-from record import Row, Writer, rounded
+from contest import Step, contest, errors, graded
+from providers import need
+from record import Row, Writer
 from registry import Bench
 from report import OURS, cases, median, ratio, seconds, spread
 from torch import Tensor
 from workloads import RELATIONAL, RELATIONAL_QUICK, RELATIONAL_SPEEDUP, RelationalSize
 
 PUBLISHED = "published"
-Step = Callable[[], tuple[Tensor, ...]]
 Case = dict[str, Step]
 
 
@@ -200,50 +197,23 @@ CASES = {
 # --- running ----------------------------------------------------------------------------------------------
 
 
-def run_case(
-    name: str, size: RelationalSize, *, rounds: int, threads: int, reject: bool, compiling: bool, device: str
-) -> list[Row]:
-    forget_compiled()
+def run_case(name: str, size: RelationalSize, *, threads: int, device: str, **timing: Any) -> list[Row]:
     steps, exact = CASES[name](size, device)
-    if not compiling:
-        steps.pop("torch.compile", None)
-    truth, outcome = exact(), {}
-    for provider, step in steps.items():
-        found: dict[str, Any] = {"status": "ok", "reason": ""}
-        try:
-            error = errors(step(), truth)
-            found.update(error={"worst": rounded(error)}, status="ok" if error <= 1e-3 else "wrong")
-        except Unavailable as reason:
-            found.update(status=reason.status, reason=reason.reason)
-        except Exception as reason:  # a peer may fail in any way; its row says how
-            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
-        if provider == "kd":
-            found["backend"] = backend(by_name("kd"), device)
-        outcome[provider] = found
-    del truth
-
-    # A published form that is wrong is timed all the same: it is what people run.
-    entries = [Timed(p, steps[p]) for p in steps if p == PUBLISHED or outcome[p]["status"] == "ok"]
-    run_rounds(entries, rounds=rounds, reject=reject, device=device)
-    measured = {timed.name: timed for timed in entries}
-    rows = []
-    for provider in steps:
-        row: Row = {
-            "bench": "relational",
-            "case_id": f"relational/{name}/{size.rows}x{size.width}",
-            "case": {"what": name, "dtype": "fp32", "threads": threads, **vars(size)},
-            "provider": provider,
-            **outcome[provider],
-        }
-        timed = measured.get(provider)
-        if timed is not None and timed.failure:
-            row.update(status="failed", reason=timed.failure)
-        elif timed is not None:
-            row["seconds"] = spread_row(timed.spread())
-            row["ratio_floor"] = spread_row(timed.ratio_to(measured[PUBLISHED]))
-            row["rejected"], row["noisy"] = timed.rejected, timed.noisy
-        rows.append(row)
-    return rows
+    truth = exact()
+    row = {
+        "bench": "relational",
+        "case_id": f"relational/{name}/{size.rows}x{size.width}",
+        "case": {"what": name, "dtype": "fp32", "threads": threads, **vars(size)},
+    }
+    return contest(
+        row,
+        steps,
+        lambda _, found: graded(errors(found, truth), 1e-3),
+        yardstick=PUBLISHED,
+        timed_anyway=(PUBLISHED,),
+        device=device,
+        **timing,
+    )
 
 
 def run(

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from bench_head import spread_row
-from harness import Timed, run_rounds
-from providers import Unavailable, backend, by_name, forget_compiled, need
-from record import Row, Writer, rounded
+from contest import Step, contest, errors, graded
+from providers import need
+from record import Row, Writer
 from registry import Bench
 from report import cases, median, ratio, seconds, spread
 from torch import Tensor
@@ -25,7 +24,6 @@ from workloads import DTYPES, SINKHORN, SINKHORN_QUICK, SINKHORN_SPEEDUP, Sinkho
 
 YARDSTICK = "one read"
 Result = tuple[Tensor, ...]
-Step = Callable[[], Result]
 # Relative error of the worse of numbers and gradient beyond which a provider's row is not timed. The implicit
 # gradient is the solution's; GeomLoss's schedule ends before the solution, and averages its half-steps.
 BAR = {"fp32": 1e-3, "bf16": 2e-2}
@@ -128,63 +126,23 @@ class Case:
         return {"": unrolled, "kd value": envelope, "geomloss": envelope}
 
 
-def error(found: Result, exact: Result) -> float:
-    pairs = zip(found, exact)
-    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs)
-
-
 def run_case(
-    name: str,
-    size: SinkhornSize,
-    dtype: str,
-    *,
-    rounds: int,
-    threads: int,
-    reject: bool,
-    compiling: bool,
-    device: str,
+    name: str, size: SinkhornSize, dtype: str, *, threads: int, device: str, **timing: Any
 ) -> list[Row]:
-    forget_compiled()
     case = Case(size, DTYPES[dtype], device)
-    steps = {name: step for name, step in case.steps().items() if compiling or name != "torch.compile"}
-    truth, outcome = case.truth(), {}
-    for provider, step in steps.items():
-        found: dict[str, Any] = {"status": "ok", "reason": ""}
-        try:
-            off = error(step(), truth.get(provider, truth[""]))
-            right = off <= LOOSER.get(provider, BAR[dtype])
-            found.update(error={"worst": rounded(off)}, status="ok" if right else "wrong")
-        except Unavailable as reason:
-            found.update(status=reason.status, reason=reason.reason)
-        except Exception as reason:  # a peer may fail in any way; its row says how
-            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
-        if provider.startswith("kd"):
-            found["backend"] = backend(by_name("kd"), device)
-        outcome[provider] = found
-    del truth
+    truth = case.truth()
 
-    floor = Timed(YARDSTICK, lambda: case.cost.detach().amax(-1))
-    entries = [floor, *(Timed(p, steps[p]) for p in steps if outcome[p]["status"] == "ok")]
-    run_rounds(entries, rounds=rounds, reject=reject, device=device)
-    measured = {timed.name: timed for timed in entries}
-    rows = []
-    for provider in [YARDSTICK, *steps]:
-        row: Row = {
-            "bench": "sinkhorn",
-            "case_id": f"sinkhorn/{name}/{dtype}/{size.problems}x{size.rows}x{size.columns}",
-            "case": {"what": name, "dtype": dtype, "threads": threads, **vars(size)},
-            "provider": provider,
-            **outcome.get(provider, {"status": "ok", "reason": ""}),
-        }
-        timed = measured.get(provider)
-        if timed is not None and timed.failure:
-            row.update(status="failed", reason=timed.failure)
-        elif timed is not None:
-            row["seconds"] = spread_row(timed.spread())
-            row["ratio_floor"] = spread_row(timed.ratio_to(floor))
-            row["rejected"], row["noisy"] = timed.rejected, timed.noisy or floor.noisy
-        rows.append(row)
-    return rows
+    def check(provider: str, found: Result) -> Row:
+        off = errors(found, truth.get(provider, truth[""]))
+        return graded(off, LOOSER.get(provider, BAR[dtype]))
+
+    row = {
+        "bench": "sinkhorn",
+        "case_id": f"sinkhorn/{name}/{dtype}/{size.problems}x{size.rows}x{size.columns}",
+        "case": {"what": name, "dtype": dtype, "threads": threads, **vars(size)},
+    }
+    one_read = lambda: case.cost.detach().amax(-1)  # noqa: E731
+    return contest(row, case.steps(), check, yardstick=YARDSTICK, floor=one_read, device=device, **timing)
 
 
 def run(

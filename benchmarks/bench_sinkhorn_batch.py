@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from bench_head import spread_row
-from bench_sparse import errors
-from harness import Timed, run_rounds
-from providers import Unavailable, backend, by_name, forget_compiled, need
-from record import Row, Writer, rounded
+from contest import Step, contest, errors, graded
+from providers import need
+from record import Row, Writer
 from registry import Bench
 from report import cases, median, ratio, seconds, spread
 from torch import Tensor
@@ -25,7 +23,6 @@ from workloads import DTYPES, SINKHORN_BATCH, SINKHORN_BATCH_QUICK, SINKHORN_BAT
 
 YARDSTICK = "cdist forward"
 EPSILON, ITERATIONS, TEMPERATURE = 0.1, 20, 2.0
-Step = Callable[[], tuple[Tensor, ...]]
 
 
 def published(student: Tensor, teacher: Tensor) -> Tensor:
@@ -78,61 +75,25 @@ def case(
     return lambda: torch.cdist(p, q, p=1), {"kd": ours, "torch": plain, "torch.compile": compiled}, exact
 
 
-def run_case(
-    size: SinkhornBatchSize,
-    dtype: str,
-    *,
-    rounds: int,
-    threads: int,
-    reject: bool,
-    compiling: bool,
-    device: str,
-) -> list[Row]:
-    forget_compiled()
-    yardstick, steps, exact = case(size, DTYPES[dtype], device)
-    if not compiling:
-        del steps["torch.compile"]
-    outcome: dict[str, dict[str, Any]] = {YARDSTICK: {"status": "ok", "reason": ""}}
+def run_case(size: SinkhornBatchSize, dtype: str, *, threads: int, device: str, **timing: Any) -> list[Row]:
+    floor, steps, exact = case(size, DTYPES[dtype], device)
     truth = exact()
-    for provider, step in steps.items():
-        found: dict[str, Any] = {"status": "ok", "reason": ""}
-        try:
-            error = errors(step(), truth)
-            found["error"] = {"worst": rounded(error)}
-            # Near-ties between two rows turn a sign, and a whole entry of the gradient with it.
-            if not error <= {"fp32": 1e-2, "bf16": 0.2}[dtype]:
-                found["status"] = "wrong"
-        except Unavailable as reason:
-            found.update(status=reason.status, reason=reason.reason)
-        except Exception as reason:  # a peer may fail in any way; its row says how
-            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
-        if provider == "kd":
-            found["backend"] = backend(by_name("kd"), device)
-        outcome[provider] = found
-    del truth
-
-    floor = Timed(YARDSTICK, yardstick)
-    entries = [floor, *(Timed(p, steps[p]) for p in steps if outcome[p]["status"] == "ok")]
-    run_rounds(entries, rounds=rounds, reject=reject, device=device)
-    measured = {timed.name: timed for timed in entries}
-    rows = []
-    for provider, found in outcome.items():
-        row: Row = {
-            "bench": "sinkhorn_batch",
-            "case_id": f"sinkhorn_batch/{dtype}/{size.tokens}x{size.vocab}",
-            "case": {"dtype": dtype, "threads": threads, **vars(size)},
-            "provider": provider,
-            **found,
-        }
-        timed = measured.get(provider)
-        if timed is not None and timed.failure:
-            row.update(status="failed", reason=timed.failure)
-        elif timed is not None:
-            row["seconds"] = spread_row(timed.spread())
-            row["ratio_floor"] = spread_row(timed.ratio_to(floor))
-            row["rejected"], row["noisy"] = timed.rejected, timed.noisy or floor.noisy
-        rows.append(row)
-    return rows
+    # Near-ties between two rows turn a sign, and a whole entry of the gradient with it.
+    bar = {"fp32": 1e-2, "bf16": 0.2}[dtype]
+    row = {
+        "bench": "sinkhorn_batch",
+        "case_id": f"sinkhorn_batch/{dtype}/{size.tokens}x{size.vocab}",
+        "case": {"dtype": dtype, "threads": threads, **vars(size)},
+    }
+    return contest(
+        row,
+        steps,
+        lambda _, found: graded(errors(found, truth), bar),
+        yardstick=YARDSTICK,
+        floor=floor,
+        device=device,
+        **timing,
+    )
 
 
 def run(

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from bench_head import spread_row
-from bench_sparse import errors
-from harness import Timed, run_rounds
-from providers import Unavailable, backend, by_name, need
+from contest import Step, contest, errors, graded
+from providers import need
 from record import Row, Writer, rounded
 from registry import Bench
 from report import cases, median, ratio, seconds, spread
@@ -25,7 +23,6 @@ from workloads import DTYPES, SORTED, SORTED_OVER_FLOOR, SORTED_QUICK, SORTED_SP
 
 YARDSTICK = "two sorts"
 EXACT, TOP = "kd", "kd top-K"
-Step = Callable[[], tuple[Tensor, ...]]
 
 
 def published(student: Tensor, teacher: Tensor, top_k: Optional[int] = None) -> Tensor:
@@ -96,50 +93,22 @@ def short_of(size: SortedSize, dtype: torch.dtype, device: str) -> dict[str, flo
 
 
 def run_case(
-    what: str, size: SortedSize, dtype: str, *, rounds: int, threads: int, reject: bool, device: str
+    what: str, size: SortedSize, dtype: str, *, threads: int, device: str, **timing: Any
 ) -> list[Row]:
-    yardstick, steps, truths = case(size, DTYPES[dtype], device, what == "sorted step")
-    outcome: dict[str, dict[str, Any]] = {YARDSTICK: {"status": "ok", "reason": ""}}
-    for provider, step in steps.items():
-        found: dict[str, Any] = {"status": "ok", "reason": ""}
-        try:
-            error = errors(step(), truths[provider]())
-            found["error"] = {"worst": rounded(error)}
-            if provider == TOP:
-                found.update(short_of(size, DTYPES[dtype], device))
-            # Near-ties between the two sides turn a sign, and a whole entry of the gradient with it.
-            if not error <= {"fp32": 1e-2, "bf16": 0.2}[dtype]:
-                found["status"] = "wrong"
-        except Unavailable as reason:
-            found.update(status=reason.status, reason=reason.reason)
-        except Exception as reason:
-            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
-        if provider in (EXACT, TOP):
-            found["backend"] = backend(by_name("kd"), device)
-        outcome[provider] = found
+    floor, steps, truths = case(size, DTYPES[dtype], device, what == "sorted step")
+    # Near-ties between the two sides turn a sign, and a whole entry of the gradient with it.
+    bar = {"fp32": 1e-2, "bf16": 0.2}[dtype]
 
-    floor = Timed(YARDSTICK, yardstick)
-    entries = [floor, *(Timed(p, steps[p]) for p in steps if outcome[p]["status"] == "ok")]
-    run_rounds(entries, rounds=rounds, reject=reject, device=device)
-    measured = {timed.name: timed for timed in entries}
-    rows = []
-    for provider, found in outcome.items():
-        row: Row = {
-            "bench": "sorted",
-            "case_id": f"sorted/{what}/{dtype}/{size.tokens}x{size.vocab}+{size.teacher_vocab}/{size.k}",
-            "case": {"what": what, "dtype": dtype, "threads": threads, **vars(size)},
-            "provider": provider,
-            **found,
-        }
-        timed = measured.get(provider)
-        if timed is not None and timed.failure:
-            row.update(status="failed", reason=timed.failure)
-        elif timed is not None:
-            row["seconds"] = spread_row(timed.spread())
-            row["ratio_floor"] = spread_row(timed.ratio_to(floor))
-            row["rejected"], row["noisy"] = timed.rejected, timed.noisy or floor.noisy
-        rows.append(row)
-    return rows
+    def check(provider: str, found: tuple[Tensor, ...]) -> Row:
+        short = short_of(size, DTYPES[dtype], device) if provider == TOP else {}
+        return {**graded(errors(found, truths[provider]()), bar), **short}
+
+    row = {
+        "bench": "sorted",
+        "case_id": f"sorted/{what}/{dtype}/{size.tokens}x{size.vocab}+{size.teacher_vocab}/{size.k}",
+        "case": {"what": what, "dtype": dtype, "threads": threads, **vars(size)},
+    }
+    return contest(row, steps, check, yardstick=YARDSTICK, floor=floor, device=device, **timing)
 
 
 def run(

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from bench_head import spread_row
-from harness import Timed, run_rounds
-from providers import Unavailable, backend, by_name, forget_compiled, need
-from record import Row, Writer, rounded
+from contest import Step, contest, errors, graded
+from providers import need
+from record import Row, Writer
 from registry import Bench
 from report import OURS, cases, median, ratio, seconds, spread
 from torch import Tensor
 from workloads import DTYPES, SPARSE, SPARSE_OVER_FLOOR, SPARSE_QUICK, SPARSE_SPEEDUP, SparseSize
 
 YARDSTICK = {"topk": "one read", "sparse step": "three products"}
-Step = Callable[[], tuple[Tensor, ...]]
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -146,65 +144,25 @@ def step_case(
 CASES = {"topk": write_case, "sparse step": step_case}
 
 
-def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The largest relative error of all results."""
-    pairs = zip(found, exact)
-    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs)
-
-
 def run_case(
-    name: str,
-    size: SparseSize,
-    dtype: str,
-    *,
-    rounds: int,
-    threads: int,
-    reject: bool,
-    compiling: bool,
-    device: str,
+    name: str, size: SparseSize, dtype: str, *, threads: int, device: str, **timing: Any
 ) -> list[Row]:
-    forget_compiled()
-    yardstick, steps, exact = CASES[name](size, DTYPES[dtype], device)
-    if not compiling:
-        steps = {k: step for k, step in steps.items() if k != "torch.compile"}
-    truth, outcome = exact(), {}
-    for provider, step in steps.items():
-        found: dict[str, Any] = {"status": "ok", "reason": ""}
-        try:
-            error = errors(step(), truth)
-            right = error <= {"fp32": 1e-3, "bf16": 0.2}[dtype]
-            found.update(error={"worst": rounded(error)}, status="ok" if right else "wrong")
-        except Unavailable as reason:
-            found.update(status=reason.status, reason=reason.reason)
-        except Exception as reason:  # a peer may fail in any way; its row says how
-            found.update(status="failed", reason=f"{type(reason).__name__}: {reason}".splitlines()[0][:200])
-        if provider in OURS:
-            found["backend"] = backend(by_name("kd"), device)
-        outcome[provider] = found
-    del truth
-
-    floor = Timed(YARDSTICK[name], yardstick)
-    entries = [floor, *(Timed(p, steps[p]) for p in steps if outcome[p]["status"] == "ok")]
-    run_rounds(entries, rounds=rounds, reject=reject, device=device)
-    measured = {timed.name: timed for timed in entries}
-    rows = []
-    for provider in [YARDSTICK[name], *steps]:
-        row: Row = {
-            "bench": "sparse",
-            "case_id": f"sparse/{name}/{dtype}/{size.tokens}x{size.vocab}/{size.k}",
-            "case": {"what": name, "dtype": dtype, "threads": threads, **vars(size)},
-            "provider": provider,
-            **outcome.get(provider, {"status": "ok", "reason": ""}),
-        }
-        timed = measured.get(provider)
-        if timed is not None and timed.failure:
-            row.update(status="failed", reason=timed.failure)
-        elif timed is not None:
-            row["seconds"] = spread_row(timed.spread())
-            row["ratio_floor"] = spread_row(timed.ratio_to(floor))
-            row["rejected"], row["noisy"] = timed.rejected, timed.noisy or floor.noisy
-        rows.append(row)
-    return rows
+    floor, steps, exact = CASES[name](size, DTYPES[dtype], device)
+    truth = exact()
+    row = {
+        "bench": "sparse",
+        "case_id": f"sparse/{name}/{dtype}/{size.tokens}x{size.vocab}/{size.k}",
+        "case": {"what": name, "dtype": dtype, "threads": threads, **vars(size)},
+    }
+    return contest(
+        row,
+        steps,
+        lambda _, found: graded(errors(found, truth), {"fp32": 1e-3, "bf16": 0.2}[dtype]),
+        yardstick=YARDSTICK[name],
+        floor=floor,
+        device=device,
+        **timing,
+    )
 
 
 def run(

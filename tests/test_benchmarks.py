@@ -40,3 +40,23 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
         == len(set(cases))
         == sum(len(o) for _, o in gpu_check.HEAD_CASES) + len(gpu_check.ROW_CASES)
     )
+
+
+def test_a_wrong_result_is_not_timed():
+    """NaN in a later result is an error, too: Python's max passes over it."""
+    from contest import contest, errors, graded
+
+    exact = (torch.ones(2), torch.ones(3))
+    steps = {
+        "kd": lambda: (torch.ones(2), torch.ones(3)),
+        "torch": lambda: (torch.ones(2), torch.full((3,), torch.nan)),
+        "peer": lambda: (torch.full((2,), 1.1), torch.ones(3)),
+    }
+    rows = contest(
+        {}, steps, lambda _, found: graded(errors(found, exact), 1e-3),
+        yardstick="floor", floor=lambda: None, rounds=1, reject=False,
+    )  # fmt: skip
+    assert {row["provider"]: row["status"] for row in rows} == {
+        "floor": "ok", "kd": "ok", "torch": "wrong", "peer": "wrong"
+    }  # fmt: skip
+    assert [row["provider"] for row in rows if "seconds" in row] == ["floor", "kd"]
