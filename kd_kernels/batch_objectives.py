@@ -18,7 +18,7 @@ from kd_kernels.objectives import Objective, SinkhornBatch
 from kd_kernels.ops.pairwise_l1 import pairwise_l1
 from kd_kernels.ops.row_divergence import ARGUMENTS
 from kd_kernels.regather import Gather, regathering_pairwise_l1
-from kd_kernels.sinkhorn import sinkhorn
+from kd_kernels.sinkhorn import apart_from_nan, sinkhorn
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher
 
 
@@ -153,12 +153,12 @@ def _transport(
 ) -> tuple[Tensor, Optional[Tensor]]:
     """``<P, C>`` of all groups together, and ``[G, L]`` the rows' shares of it where parts are wanted."""
     present = marginal[:, :, None] * marginal[:, None, :] > 0
-    lost = (cost.isnan() & present).flatten(1).any(1)
+    solvable, lost = apart_from_nan(cost, present)
     steps = objective.iterations
     if steps is None and objective.tolerance is None:
         steps = objective.published_iterations
     solution = sinkhorn(
-        torch.where(lost[:, None, None] | ~present, 0.0, cost),  # float64: small beside the distances
+        solvable,  # float64: small beside the distances
         marginal,
         marginal,
         epsilon=objective.epsilon,
@@ -170,13 +170,12 @@ def _transport(
         backend=call["backend"],
     )
     transport = solution.transport_cost
-    if counts:  # NaN in a row is NaN for its group, and by the product in all of the group's gradients
-        held = torch.where(present, cost, 0.0).flatten(1).sum(1)
-        transport = transport + held * torch.where(lost, torch.nan, 0.0)
+    if counts:  # a NaN in a row is its whole group's
+        transport = transport + lost
     share = None
     if call["parts"]:
         share = torch.where(present, solution.plan * cost, 0.0).sum(2).detach()
-        share = torch.where(lost[:, None], torch.nan, share)
+        share = share + lost.detach()[:, None]
     dtype = result_dtype(call["student"], call["teacher"])
     return transport.sum().to(dtype), share
 

@@ -198,6 +198,16 @@ def sinkhorn_divergence(
     return value(cost, a, b, of_rows, of_columns) - own / 2
 
 
+def apart_from_nan(cost: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """For losses, whose problems must not share a fate: costs ``[B, n, m]`` that can all be solved, zeros
+    where nothing is ``present`` or the problem holds NaN; and ``[B]`` to be added to what was found: 0, or
+    NaN in value and in the gradients of all that problem's costs."""
+    lost = (cost.isnan() & present).flatten(1).any(1)
+    held = torch.where(present, cost, 0.0).flatten(1).sum(1)
+    solvable = torch.where(lost[:, None, None] | ~present, 0.0, cost)
+    return solvable, held * torch.where(lost, torch.nan, 0.0)
+
+
 # --- checks -------------------------------------------------------------------------------------------
 
 

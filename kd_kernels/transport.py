@@ -8,11 +8,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import number, refuse_transforms
+from kd_kernels.arguments import refuse_transforms
 from kd_kernels.ops.checks import IGNORED, check_range, checks_values
-from kd_kernels.ops.coupling import coupling
 from kd_kernels.points import check_points, check_points_mask, check_positive, result_dtype
-from kd_kernels.reference.coupling import ORDERS, SCALING_RANGE
+from kd_kernels.problems import SCALING_ROOM
+from kd_kernels.sinkhorn import ORDERS, apart_from_nan, sinkhorn
 
 COSTS = ("cosine", "attention", "euclidean")
 
@@ -22,8 +22,8 @@ class TransportParts:
     """What a user looks at beside the loss; detached, one number per problem (float32 or float64)."""
 
     loss: Tensor
-    #: Total variation between the plan and the product of its marginals. Near 0 the plan says nothing: the
-    #: term is then the mean cost, whatever the student does with its pairing.
+    #: KL in nats of the plan from the product of its marginals. Near 0 the plan says nothing: the term is
+    #: then the mean cost, whatever the student does with its pairing.
     product_gap: Tensor
     marginal_error: Tensor
 
@@ -237,9 +237,13 @@ def _transport(
     pairwise = {"cosine": _cosine, "attention": _attention, "euclidean": _euclidean}[cost]
     with torch.autocast(x.device.type, enabled=False):
         costs = pairwise(x, y, b > 0)
-        slope = torch.is_grad_enabled() and costs.requires_grad
-        loss, _, gap, error = coupling(costs, a, b, number(epsilon), iterations, order, entropic, slope)
-    return loss, TransportParts(loss.detach(), gap.detach(), error.detach())
+    costs, lost = apart_from_nan(costs, (a > 0)[:, :, None] & (b > 0)[:, None, :])
+    found = sinkhorn(
+        costs, a, b, epsilon=epsilon, iterations=iterations, order=order,
+        gradient="envelope" if entropic else "implicit",
+    )  # fmt: skip
+    loss = (found.value if entropic else found.transport_cost) + lost
+    return loss, TransportParts(loss.detach(), found.product_gap, found.marginal_error)
 
 
 def _states(x: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
@@ -328,9 +332,9 @@ def _check_class_values(cost: Tensor, epsilon: float, labels: Optional[Tensor], 
     if not cost.isfinite().all():
         raise ValueError("cost must be finite; a class that nothing may go to has the logit -inf")
     reach = (cost.max() - cost.min()).item()
-    if reach > SCALING_RANGE * epsilon:
+    if reach > SCALING_ROOM * epsilon:
         raise ValueError(
-            f"cost ranges over {reach:g}, more than {SCALING_RANGE:g} times epsilon = {epsilon:g}: the "
+            f"cost ranges over {reach:g}, more than {SCALING_ROOM:g} times epsilon = {epsilon:g}: the "
             f"iterations would underflow; raise epsilon or scale the cost"
         )
     if labels is not None:

@@ -1,8 +1,6 @@
 """Transport between features, sequences and classes against the published loops, in float64 and autograd."""
 
-import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,22 +9,6 @@ from cases import DTYPES, FLOOR, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kd_kernels as kd
-from kd_kernels.arguments import number
-from kd_kernels.ops.coupling import coupling
-
-
-@dataclass
-class Found:
-    loss: torch.Tensor
-    product_gap: torch.Tensor
-    marginal_error: torch.Tensor
-
-
-def couple(cost, a, b, *, epsilon, iterations, order, entropic):
-    loss, _, gap, marginal_error = coupling(
-        cost, a, b, number(epsilon), iterations, order, entropic, cost.requires_grad
-    )
-    return Found(loss, gap.detach(), marginal_error.detach())
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -43,7 +25,7 @@ def leaves(*tensors, dtype=torch.float64):
     return [x.detach().to(dtype).requires_grad_() for x in tensors]
 
 
-# --- couplings ----------------------------------------------------------------------------------------
+# --- the loop ----------------------------------------------------------------------------------------
 
 
 def unrolled(cost, a, b, epsilon, iterations, order="rows_columns", entropic=False):
@@ -60,75 +42,6 @@ def unrolled(cost, a, b, epsilon, iterations, order="rows_columns", entropic=Fal
     value = (plan * cost).sum()
     product = a[:, None] * b
     return value + (epsilon * (plan * (plan / product).log() - plan + product).sum() if entropic else 0.0)
-
-
-def problem(n=7, m=5, seed=0):
-    weights = normal(2, max(n, m), seed=seed).exp()
-    return (
-        normal(n, m, seed=seed + 1).abs(),
-        weights[0, :n] / weights[0, :n].sum(),
-        weights[1, :m] / weights[1, :m].sum(),
-    )
-
-
-@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
-@pytest.mark.parametrize("entropic", [False, True])
-def test_gradient_of_the_converged_coupling(order, entropic):
-    cost, a, b = problem()
-    (leaf,) = leaves(cost)
-    exact = unrolled(leaf, a, b, 0.2, 3000, order, entropic)
-    (gradient,) = torch.autograd.grad(exact, leaf)
-    leaf = cost[None].requires_grad_()
-    found = couple(leaf, a[None], b[None], epsilon=0.2, iterations=2000, order=order, entropic=entropic)
-    assert error(found.loss, exact[None]) < 1e-10 and found.marginal_error < 1e-10
-    assert error(torch.autograd.grad(found.loss.sum(), leaf)[0][0], gradient) < 1e-6
-
-
-def test_the_plan_is_not_the_gradient_of_the_transport_cost():
-    cost, a, b = problem()
-    leaf = cost[None].requires_grad_()
-    options = {"epsilon": 0.2, "iterations": 2000, "order": "rows_columns"}
-    gradient, plan = (
-        torch.autograd.grad(couple(leaf, a[None], b[None], entropic=e, **options).loss.sum(), leaf)[0]
-        for e in (False, True)
-    )
-    assert error(plan, gradient) > 0.1
-
-
-@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
-def test_both_domains(order, monkeypatch):
-    cost, a, b = problem(8, 11)
-    a = torch.where(torch.arange(8) == 3, 0.0, a)
-    a = a / a.sum()
-    masked = cost.clone()
-    masked[3] = math.nan
-    options = {"epsilon": 0.1, "iterations": 40, "order": order, "entropic": False}
-    scaled = couple(masked[None].requires_grad_(), a[None], b[None], **options)
-    monkeypatch.setattr("kd_kernels.reference.coupling.SCALING_RANGE", 0.0)
-    log = couple(masked[None].requires_grad_(), a[None], b[None], **options)
-    assert error(scaled.loss, log.loss) < 1e-13 and scaled.loss.isfinite()
-    assert error(scaled.product_gap, log.product_gap) < 1e-12
-
-
-@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
-def test_fixed_iterations(order):
-    """Not converged: the value is that of the loop, whose last half-step is exact."""
-    cost, a, b = problem(9, 6)
-    for iterations, entropic in itertools.product((1, 2, 5), (False, True)):
-        options = {"epsilon": 0.05, "iterations": iterations, "order": order, "entropic": entropic}
-        found = couple(cost[None], a[None], b[None], **options)
-        assert error(found.loss[0], unrolled(cost, a, b, **options)) < 1e-12
-        assert found.marginal_error > 1e-4
-
-
-def test_small_epsilon_is_the_best_assignment():
-    cost = normal(5, 5).abs()
-    uniform = torch.full((1, 5), 0.2, dtype=torch.float64)
-    best = min(sum(cost[i, p[i]] for i in range(5)) / 5 for p in itertools.permutations(range(5)))
-    found = couple(
-        cost[None], uniform, uniform, epsilon=2e-3, iterations=5000, order="rows_columns", entropic=False
-    )
-    assert error(found.loss[0], best) < 1e-4 and found.product_gap > 0.7
 
 
 # --- features -----------------------------------------------------------------------------------------
@@ -305,12 +218,16 @@ def test_published_attention_cost_is_nearly_constant():
     found = torch.autograd.grad(0.25 * loss * 0.7, (x, y))
     assert error(0.25 * loss, wanted[0]) < 1e-12
     assert all(error(g, h) < 1e-6 for g, h in zip(found, wanted[1:]))
-    assert (parts.product_gap < 1.5e-3).all()
+    assert (parts.product_gap < 1e-5).all()
+    for one, other in zip(x, y):
+        options_of_one = {"epsilon": 10.0, "iterations": 100, "order": "columns_rows", "return_plan": True}
+        plan = kd.sinkhorn(cost_between(one, other, "attention").detach(), **options_of_one).plan
+        assert (plan - 1 / plan.numel()).abs().sum() / 2 < 1.5e-3  # total variation
     assert (parts.loss - (1 - 1 / 30)).abs().max() < 2e-3 * parts.loss.max()
     other, _ = kd.sequence_transport(-3 * x, y, epsilon=10, iterations=100, **options)
     assert abs(loss - other) < 1e-2 * loss  # another student altogether
     _, parts = kd.sequence_transport(5 * x, y, epsilon=0.1, iterations=100, **options)
-    assert (parts.product_gap > 0.3).all()
+    assert (parts.product_gap > 1.5).all()
 
 
 # --- classes ------------------------------------------------------------------------------------------
@@ -499,7 +416,7 @@ def test_compiles_without_breaks(call):
 def test_double_backward_raises(call):
     x, y = leaves(normal(5, 4), normal(5, 4, seed=1))
     (gradient,) = torch.autograd.grad(CALLS[call](x, y), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="transport: double backward"):
+    with pytest.raises(RuntimeError, match="(transport|sinkhorn): double backward"):
         gradient.sum().backward()
 
 
