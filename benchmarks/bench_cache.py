@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import mmap
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any, Optional
 
 import torch
 from bench_head import spread_row
+from contest import run_cases
 from harness import Timed, run_rounds
 from providers import Unavailable, need
-from record import Row, Writer, rounded
+from record import Row, rounded
 from registry import Bench
 from report import median, seconds, spread
 from workloads import CACHE, CACHE_OVER_YARDSTICK, CACHE_QUICK, CacheSize
@@ -176,8 +176,12 @@ def named(size: CacheSize, threads: int) -> Row:
     }
 
 
-def run_case(size: CacheSize, *, rounds: int, threads: int, reject: bool) -> list[Row]:
-    need("pyarrow")
+def run_case(size: CacheSize, *, rounds: int, threads: int, reject: bool, device: str) -> list[Row]:
+    try:
+        need("pyarrow")
+    except Unavailable as reason:
+        absent = {"provider": "kd", "status": reason.status, "reason": reason.reason}
+        return [{**named(size, threads), **absent}]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
         steps, good, runs = CASES[size.what](size, path)
@@ -210,29 +214,13 @@ def run_case(size: CacheSize, *, rounds: int, threads: int, reject: bool) -> lis
     return rows
 
 
-def run(
-    results: Optional[Path],
-    *,
-    sizes: Sequence[CacheSize] = CACHE,
-    rounds: int = 7,
-    threads: int = 2,
-    reject: bool = True,
-) -> list[Row]:
-    torch.set_num_threads(threads)
-    writer = Writer("cache", results)
-    for size in sizes:
-        print(f"  {size.what} K = {size.k}, {size.samples} draws, {size.dtype}", file=sys.stderr, flush=True)
-        try:
-            for row in run_case(size, rounds=rounds, threads=threads, reject=reject):
-                writer.add(row)
-        except Unavailable as reason:
-            found = {"provider": "kd", "status": reason.status, "reason": reason.reason}
-            writer.add({**named(size, threads), **found})
-    return writer.rows
-
-
-def run_bench(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **options: Any) -> list[Row]:
-    return run(results, sizes=CACHE_QUICK if quick else CACHE, **options)
+def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
+    """In the dtypes that caches have, whatever ``dtypes``."""
+    sizes = CACHE_QUICK if quick else CACHE
+    cases = [
+        (f"{size.what} K = {size.k}, {size.samples} draws, {size.dtype}", run_case, (size,)) for size in sizes
+    ]
+    return run_cases("cache", results, cases, **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -282,5 +270,5 @@ BENCH = Bench(
     ),
     header=CACHE_HEADER,
     lines=cache_lines,
-    run=run_bench,
+    run=run,
 )

@@ -6,16 +6,15 @@ Every case has the published form as its yardstick: the factor by which the othe
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from contest import Step, contest, errors, graded
+from contest import Step, contest, errors, graded, run_cases
 from providers import need
-from record import Row, Writer
+from record import Row
 from registry import Bench
 from report import OURS, cases, median, ratio, seconds, spread
 from torch import Tensor
@@ -216,30 +215,11 @@ def run_case(name: str, size: RelationalSize, *, threads: int, device: str, **ti
     )
 
 
-def run(
-    results: Optional[Path],
-    *,
-    sizes: Optional[dict[str, RelationalSize]] = None,
-    rounds: int = 7,
-    threads: int = 2,
-    compiling: bool = True,
-    reject: bool = True,
-    device: str = "cpu",
-) -> list[Row]:
-    torch.set_num_threads(threads)
-    writer = Writer("relational", results, device)
-    for name, size in (sizes or RELATIONAL).items():
-        print(f"  {name}", file=sys.stderr, flush=True)
-        for row in run_case(
-            name, size, rounds=rounds, threads=threads, reject=reject, compiling=compiling, device=device
-        ):
-            writer.add(row)
-    return writer.rows
-
-
-def run_bench(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **options: Any) -> list[Row]:
+def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
+    """In float32, whatever ``dtypes``."""
     sizes = RELATIONAL_QUICK if quick else RELATIONAL
-    return run(results, sizes=sizes, compiling=not quick, **options)
+    cases = [(name, run_case, (name, size)) for name, size in sizes.items()]
+    return run_cases("relational", results, cases, compiling=not quick, **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -278,5 +258,5 @@ BENCH = Bench(
     ),
     header=RELATIONAL_HEADER,
     lines=relational_lines,
-    run=run_bench,
+    run=run,
 )

@@ -8,15 +8,14 @@ entropic value with the plan as gradient. The yardstick is one read of the costs
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from contest import Step, contest, errors, graded
+from contest import Step, contest, errors, graded, run_cases
 from providers import need
-from record import Row, Writer
+from record import Row
 from registry import Bench
 from report import cases, median, ratio, seconds, spread
 from torch import Tensor
@@ -145,38 +144,10 @@ def run_case(
     return contest(row, case.steps(), check, yardstick=YARDSTICK, floor=one_read, device=device, **timing)
 
 
-def run(
-    results: Optional[Path],
-    *,
-    sizes: Optional[dict[str, SinkhornSize]] = None,
-    rounds: int = 7,
-    threads: int = 2,
-    dtypes: Sequence[str] = ("fp32", "bf16"),
-    compiling: bool = True,
-    reject: bool = True,
-    device: str = "cpu",
-) -> list[Row]:
-    torch.set_num_threads(threads)
-    writer = Writer("sinkhorn", results, device)
-    for name, size in (sizes or SINKHORN).items():
-        for dtype in dtypes:
-            print(f"  {name} {dtype}", file=sys.stderr, flush=True)
-            for row in run_case(
-                name,
-                size,
-                dtype,
-                rounds=rounds,
-                threads=threads,
-                reject=reject,
-                compiling=compiling,
-                device=device,
-            ):
-                writer.add(row)
-    return writer.rows
-
-
-def run_bench(results: Optional[Path], *, quick: bool, **options: Any) -> list[Row]:
-    return run(results, sizes=SINKHORN_QUICK if quick else SINKHORN, compiling=not quick, **options)
+def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
+    sizes = (SINKHORN_QUICK if quick else SINKHORN).items()
+    cases = [(f"{name} {x}", run_case, (name, size, x)) for name, size in sizes for x in dtypes]
+    return run_cases("sinkhorn", results, cases, compiling=not quick, **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -221,5 +192,5 @@ BENCH = Bench(
     ),
     header=SINKHORN_HEADER,
     lines=sinkhorn_lines,
-    run=run_bench,
+    run=run,
 )

@@ -7,15 +7,14 @@ are no peers here: they start from finished distances, which take nearly all of 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from contest import Step, contest, errors, graded
+from contest import Step, contest, errors, graded, run_cases
 from providers import need
-from record import Row, Writer
+from record import Row
 from registry import Bench
 from report import cases, median, ratio, seconds, spread
 from torch import Tensor
@@ -96,38 +95,10 @@ def run_case(size: SinkhornBatchSize, dtype: str, *, threads: int, device: str, 
     )
 
 
-def run(
-    results: Optional[Path],
-    *,
-    sizes: Sequence[SinkhornBatchSize] = SINKHORN_BATCH,
-    rounds: int = 7,
-    threads: int = 2,
-    dtypes: Sequence[str] = ("fp32", "bf16"),
-    compiling: bool = True,
-    reject: bool = True,
-    device: str = "cpu",
-) -> list[Row]:
-    torch.set_num_threads(threads)
-    writer = Writer("sinkhorn_batch", results, device)
-    for size in sizes:
-        for dtype in dtypes:
-            print(f"  {size.tokens} x {size.vocab} {dtype}", file=sys.stderr, flush=True)
-            for row in run_case(
-                size,
-                dtype,
-                rounds=rounds,
-                threads=threads,
-                reject=reject,
-                compiling=compiling,
-                device=device,
-            ):
-                writer.add(row)
-    return writer.rows
-
-
-def run_bench(results: Optional[Path], *, quick: bool, **options: Any) -> list[Row]:
+def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
     sizes = SINKHORN_BATCH_QUICK if quick else SINKHORN_BATCH
-    return run(results, sizes=sizes, compiling=not quick, **options)
+    cases = [(f"{size.tokens} x {size.vocab} {x}", run_case, (size, x)) for size in sizes for x in dtypes]
+    return run_cases("sinkhorn_batch", results, cases, compiling=not quick, **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -174,5 +145,5 @@ BENCH = Bench(
     ),
     header=SINKHORN_BATCH_HEADER,
     lines=sinkhorn_batch_lines,
-    run=run_bench,
+    run=run,
 )

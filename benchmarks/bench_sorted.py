@@ -7,15 +7,14 @@ The yardstick is two plain ``torch.sort`` of the same data, which the published 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from contest import Step, contest, errors, graded
+from contest import Step, contest, errors, graded, run_cases
 from providers import need
-from record import Row, Writer, rounded
+from record import Row, rounded
 from registry import Bench
 from report import cases, median, ratio, seconds, spread
 from torch import Tensor
@@ -111,30 +110,11 @@ def run_case(
     return contest(row, steps, check, yardstick=YARDSTICK, floor=floor, device=device, **timing)
 
 
-def run(
-    results: Optional[Path],
-    *,
-    size: SortedSize = SORTED,
-    rounds: int = 7,
-    threads: int = 2,
-    dtypes: Sequence[str] = ("fp32", "bf16"),
-    reject: bool = True,
-    device: str = "cpu",
-) -> list[Row]:
-    torch.set_num_threads(threads)
-    writer = Writer("sorted", results, device)
-    for what in ("sorted", "sorted step"):
-        for dtype in dtypes:
-            print(f"  {what} {dtype}", file=sys.stderr, flush=True)
-            for row in run_case(
-                what, size, dtype, rounds=rounds, threads=threads, reject=reject, device=device
-            ):
-                writer.add(row)
-    return writer.rows
-
-
-def run_bench(results: Optional[Path], *, quick: bool, **options: Any) -> list[Row]:
-    return run(results, size=SORTED_QUICK if quick else SORTED, **options)
+def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
+    size = SORTED_QUICK if quick else SORTED
+    names = ("sorted", "sorted step")
+    cases = [(f"{name} {x}", run_case, (name, size, x)) for name in names for x in dtypes]
+    return run_cases("sorted", results, cases, compiling=not quick, **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -195,5 +175,5 @@ BENCH = Bench(
     ),
     header=SORTED_HEADER,
     lines=sorted_lines,
-    run=run_bench,
+    run=run,
 )

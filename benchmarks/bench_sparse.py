@@ -7,15 +7,14 @@ below it. The read side's is the student's three products, with outputs allocate
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from contest import Step, contest, errors, graded
+from contest import Step, contest, errors, graded, run_cases
 from providers import need
-from record import Row, Writer
+from record import Row
 from registry import Bench
 from report import OURS, cases, median, ratio, seconds, spread
 from torch import Tensor
@@ -165,38 +164,10 @@ def run_case(
     )
 
 
-def run(
-    results: Optional[Path],
-    *,
-    sizes: Optional[dict[str, SparseSize]] = None,
-    rounds: int = 7,
-    threads: int = 2,
-    dtypes: Sequence[str] = ("fp32", "bf16"),
-    compiling: bool = True,
-    reject: bool = True,
-    device: str = "cpu",
-) -> list[Row]:
-    torch.set_num_threads(threads)
-    writer = Writer("sparse", results, device)
-    for name, size in (sizes or SPARSE).items():
-        for dtype in dtypes:
-            print(f"  {name} {dtype}", file=sys.stderr, flush=True)
-            for row in run_case(
-                name,
-                size,
-                dtype,
-                rounds=rounds,
-                threads=threads,
-                reject=reject,
-                compiling=compiling,
-                device=device,
-            ):
-                writer.add(row)
-    return writer.rows
-
-
-def run_bench(results: Optional[Path], *, quick: bool, **options: Any) -> list[Row]:
-    return run(results, sizes=SPARSE_QUICK if quick else SPARSE, compiling=not quick, **options)
+def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
+    sizes = (SPARSE_QUICK if quick else SPARSE).items()
+    cases = [(f"{name} {x}", run_case, (name, size, x)) for name, size in sizes for x in dtypes]
+    return run_cases("sparse", results, cases, compiling=not quick, **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -259,5 +230,5 @@ BENCH = Bench(
     ),
     header=SPARSE_HEADER,
     lines=sparse_lines,
-    run=run_bench,
+    run=run,
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterable
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from bench_head import spread_row
 from harness import Timed, run_rounds
 from providers import Unavailable, backend, by_name, forget_compiled
-from record import Row, rounded
+from record import Row, Writer, rounded
 from torch import Tensor
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -85,3 +87,22 @@ def contest(
             result["noisy"] = timed.noisy or (base is not None and base.noisy)
         rows.append(result)
     return rows
+
+
+def run_cases(
+    bench: str,
+    results: Optional[Path],
+    cases: Iterable[tuple[str, Callable[..., list[Row]], tuple[Any, ...]]],
+    *,
+    threads: int = 2,
+    device: str = "cpu",
+    **timing: Any,
+) -> list[Row]:
+    """Rows of all (label, run_case, its arguments), written as they come; ``timing``: see :func:`contest`."""
+    torch.set_num_threads(threads)
+    writer = Writer(bench, results, device)
+    for label, run_case, arguments in cases:
+        print(f"  {label}", file=sys.stderr, flush=True)
+        for row in run_case(*arguments, threads=threads, device=device, **timing):
+            writer.add(row)
+    return writer.rows

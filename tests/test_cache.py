@@ -104,7 +104,7 @@ def test_batches(tmp_path):
 
 
 def test_datasets_opens_a_shard(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="is about shards as datasets sees them")
     written = records(4)
     cache = write(tmp_path, written, shard_bytes=500)
     opened = datasets.Dataset.from_file(str(tmp_path / cache.shards[0].name))
