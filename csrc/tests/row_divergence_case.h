@@ -254,4 +254,69 @@ inline void compare(const Case& c, const Case& before, const char* what) {
   }
 }
 
+// Entries that are -inf below `until` and at `also`, in the teacher (which & 1), the student (which & 2) or both.
+inline void check_absent(Case& c, Random& random, int which, int64_t until, int64_t also) {
+  c.randomize(random, 2.0, -1.0);
+  for (int64_t row = 0; row < c.n; ++row)
+    for (int64_t v = 0; v < c.vocab; ++v)
+      if (v < until || v == also) {
+        if (which & 1) c.set(c.teacher, row, v, -kInf);
+        if (which & 2) c.set(c.student, row, v, -kInf);
+      }
+  c.run();
+  const bool infinite =
+      (which == 1 && (c.objective == Objective::reverse_kl || c.objective == Objective::weighted_kl)) ||
+      (which == 2 && (c.objective == Objective::forward_kl || c.objective == Objective::weighted_kl));
+  if (!infinite) {
+    // The teacher's part may be infinite where p dL/dp is; only the student's is promised.
+    c.teacher.want_grad = which == 3 || c.objective == Objective::jensen_shannon;
+    compare(c, c, "-inf");
+    return;
+  }
+  for (int64_t row = 0; row < c.n; ++row) {
+    CHECK(c.soft(row) == kInf, "-inf: %s %d gives %g", kd::objective_name(c.objective), which, c.soft(row));
+    if (c.objective == Objective::forward_kl)
+      for (int64_t v = 0; v < c.vocab; ++v)
+        CHECK(std::isfinite(c.gradient(c.student, row, v)), "-inf: forward KL's gradient at %d", int(v));
+  }
+}
+
+// NaN, inf, nothing but -inf or a label out of range (poison / 2), in the student or the teacher (poison & 1), makes
+// the row `bad` NaN, leaves no gradient in the row `silent`, whose weights are 0, and touches no other.
+inline void check_poison(Case& clean, Random& random, int poison, int64_t bad, int64_t silent) {
+  for (int64_t row = 0; row < clean.n; ++row) clean.labels.push_back(row), clean.hard_weight[row] = 0.5;
+  clean.randomize(random, 2.0, -1.0);
+  Case c = clean;
+  const bool in_label = poison / 2 == 3;
+  Model& m = poison & 1 ? c.teacher : c.student;
+  for (int64_t row : {bad, silent}) {
+    if (poison / 2 == 0) c.set(m, row, 123, kNaN);
+    if (poison / 2 == 1) c.set(m, row, 123, kInf);
+    if (poison / 2 == 2)
+      for (int64_t v = 0; v < c.vocab; ++v) c.set(m, row, v, -kInf);
+    if (in_label) c.labels[row] = poison & 1 ? c.vocab : -100;
+  }
+  c.soft_weight[silent] = c.hard_weight[silent] = 0.0;
+  clean.run();
+  c.run();
+  const auto name = kd::objective_name(c.objective);
+  for (int64_t row = 0; row < c.n; ++row) {
+    bool same = true, nan = true, zero = true;
+    for (int64_t v = 0; v < c.vocab; ++v) {
+      const double gs = c.gradient(c.student, row, v), gt = c.gradient(c.teacher, row, v);
+      same = same && gs == clean.gradient(clean.student, row, v) && gt == clean.gradient(clean.teacher, row, v);
+      nan = nan && std::isnan(gs) && (std::isnan(gt) || in_label);
+      zero = zero && gs == 0.0 && gt == 0.0;
+    }
+    if (row == bad) {
+      CHECK(nan, "poison %d: %s: gradient is not NaN", poison, name);
+      CHECK(std::isnan(in_label ? c.term(row, kd::kHard) : c.soft(row)), "poison %d: %s: loss", poison, name);
+    } else if (row == silent) {
+      CHECK(zero, "poison %d: %s: weight 0 leaves a gradient", poison, name);
+    } else {
+      CHECK(same && c.soft(row) == clean.soft(row), "poison %d: %s: row %d touched", poison, name, int(row));
+    }
+  }
+}
+
 }  // namespace row_test

@@ -198,29 +198,7 @@ void test_absent_entries() {  // -inf
       Case c(2, 700);  // the first block of a cluster holds nothing else
       c.objective = objective(o);
       c.student.dtype = c.teacher.dtype = o % 2 ? Dtype::float32 : Dtype::bfloat16;
-      c.randomize(random, 2.0, -1.0);
-      for (int64_t row = 0; row < c.n; ++row)
-        for (int64_t v = 0; v < c.vocab; ++v)
-          if (v < 400 || v == 650) {
-            if (which & 1) c.set(c.teacher, row, v, -kInf);
-            if (which & 2) c.set(c.student, row, v, -kInf);
-          }
-      c.run();
-      const bool infinite =
-          (which == 1 && (c.objective == Objective::reverse_kl || c.objective == Objective::weighted_kl)) ||
-          (which == 2 && (c.objective == Objective::forward_kl || c.objective == Objective::weighted_kl));
-      if (!infinite) {
-        // The teacher's part may be infinite where p dL/dp is; only the student's is promised.
-        c.teacher.want_grad = which == 3 || c.objective == Objective::jensen_shannon;
-        compare(c, c, "-inf");
-        continue;
-      }
-      for (int64_t row = 0; row < c.n; ++row) {
-        CHECK(c.soft(row) == kInf, "-inf: %s %d gives %g", kd::objective_name(c.objective), which, c.soft(row));
-        if (c.objective == Objective::forward_kl)
-          for (int64_t v = 0; v < c.vocab; ++v)
-            CHECK(std::isfinite(c.gradient(c.student, row, v)), "-inf: forward KL's gradient at %d", int(v));
-      }
+      check_absent(c, random, which, 400, 650);
     }
 }
 
@@ -231,40 +209,7 @@ void test_poisoned_rows_stay_alone() {
       shape = kShapes[(o + poison) % 5];
       Case clean(4, 300);
       clean.objective = objective(o);
-      for (int64_t row = 0; row < clean.n; ++row) clean.labels.push_back(row), clean.hard_weight[row] = 0.5;
-      clean.randomize(random, 2.0, -1.0);
-      Case c = clean;
-      const int64_t bad = 1, silent = 2;
-      Model& m = poison & 1 ? c.teacher : c.student;
-      for (int64_t row : {bad, silent}) {
-        if (poison / 2 == 0) c.set(m, row, 123, kNaN);
-        if (poison / 2 == 1) c.set(m, row, 123, kInf);
-        if (poison / 2 == 2)
-          for (int64_t v = 0; v < c.vocab; ++v) c.set(m, row, v, -kInf);
-        if (poison / 2 == 3) c.labels[row] = poison & 1 ? c.vocab : -100;
-      }
-      c.soft_weight[silent] = c.hard_weight[silent] = 0.0;
-      clean.run();
-      c.run();
-      const auto name = kd::objective_name(c.objective);
-      for (int64_t row = 0; row < c.n; ++row) {
-        bool same = true, nan = true, zero = true;
-        for (int64_t v = 0; v < c.vocab; ++v) {
-          const double got = c.gradient(c.student, row, v);
-          same = same && got == clean.gradient(clean.student, row, v);
-          nan = nan && std::isnan(got);
-          zero = zero && got == 0.0;
-        }
-        const bool in_label = poison / 2 == 3;
-        if (row == bad) {
-          CHECK(nan, "poison %d: %s: a gradient that is not NaN", poison, name);
-          CHECK(std::isnan(in_label ? c.term(row, kd::kHard) : c.soft(row)), "poison %d: %s: loss", poison, name);
-        } else if (row == silent) {
-          CHECK(zero, "poison %d: %s: weight 0 leaves a gradient", poison, name);
-        } else {
-          CHECK(same && c.soft(row) == clean.soft(row), "poison %d: %s: row %d touched", poison, name, int(row));
-        }
-      }
+      check_poison(clean, random, poison, 1, 2);
     }
 }
 

@@ -206,29 +206,7 @@ void test_absent_entries() {  // -inf
           c.objective = objective(o);
           c.student.dtype = c.teacher.dtype = d;
           c.student.grad_dtype = d == Dtype::float64 ? d : Dtype::float32;
-          c.randomize(random, 2.0, -1.0);
-          for (int64_t row = 0; row < c.n; ++row)
-            for (int64_t v = 0; v < c.vocab; ++v)
-              if (v < 4100 || v == 4150) {
-                if (which & 1) c.set(c.teacher, row, v, -kInf);
-                if (which & 2) c.set(c.student, row, v, -kInf);
-              }
-          c.run();
-          const bool infinite =
-              (which == 1 && (c.objective == Objective::reverse_kl || c.objective == Objective::weighted_kl)) ||
-              (which == 2 && (c.objective == Objective::forward_kl || c.objective == Objective::weighted_kl));
-          if (!infinite) {
-            // The teacher's part may be infinite where p dL/dp is; only the student's is promised.
-            c.teacher.want_grad = which == 3 || c.objective == Objective::jensen_shannon;
-            compare(c, c, "-inf");
-            continue;
-          }
-          for (int64_t row = 0; row < c.n; ++row) {
-            CHECK(c.soft(row) == kInf, "-inf: %s %d gives %g", kd::objective_name(c.objective), which, c.soft(row));
-            if (c.objective == Objective::forward_kl)
-              for (int64_t v = 0; v < c.vocab; ++v)
-                CHECK(std::isfinite(c.gradient(c.student, row, v)), "-inf: forward KL's gradient at %d", int(v));
-          }
+          check_absent(c, random, which, 4100, 4150);
         }
 }
 
@@ -240,40 +218,7 @@ void test_poisoned_rows_stay_alone() {
         Case clean(40, 300);
         clean.row_major = row_major;
         clean.objective = objective(o);
-        for (int64_t row = 0; row < clean.n; ++row) clean.labels.push_back(row), clean.hard_weight[row] = 0.5;
-        clean.randomize(random, 2.0, -1.0);
-        Case c = clean;
-        const int64_t bad = 17, silent = 18;
-        Model& m = poison & 1 ? c.teacher : c.student;
-        for (int64_t row : {bad, silent}) {
-          if (poison / 2 == 0) c.set(m, row, 123, kNaN);
-          if (poison / 2 == 1) c.set(m, row, 123, kInf);
-          if (poison / 2 == 2)
-            for (int64_t v = 0; v < c.vocab; ++v) c.set(m, row, v, -kInf);
-          if (poison / 2 == 3) c.labels[row] = poison & 1 ? c.vocab : -100;
-        }
-        c.soft_weight[silent] = c.hard_weight[silent] = 0.0;
-        clean.run();
-        c.run();
-        const auto name = kd::objective_name(c.objective);
-        for (int64_t row = 0; row < c.n; ++row) {
-          bool same = true, nan = true, zero = true;
-          for (int64_t v = 0; v < c.vocab; ++v) {
-            const double gs = c.gradient(c.student, row, v), gt = c.gradient(c.teacher, row, v);
-            same = same && gs == clean.gradient(clean.student, row, v) && gt == clean.gradient(clean.teacher, row, v);
-            nan = nan && std::isnan(gs) && (std::isnan(gt) || poison / 2 == 3);
-            zero = zero && gs == 0.0 && gt == 0.0;
-          }
-          if (row == bad) {
-            CHECK(nan, "poison %d: %s: gradient is not NaN", poison, name);
-            CHECK(std::isnan(poison / 2 == 3 ? c.term(row, kd::kHard) : c.soft(row)), "poison %d: %s: loss", poison,
-                  name);
-          } else if (row == silent) {
-            CHECK(zero, "poison %d: %s: weight 0 leaves a gradient", poison, name);
-          } else {
-            CHECK(same && c.soft(row) == clean.soft(row), "poison %d: %s: row %d touched", poison, name, int(row));
-          }
-        }
+        check_poison(clean, random, poison, 17, 18);
       }
 }
 
