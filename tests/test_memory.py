@@ -1,21 +1,13 @@
 """Peak memory of a step, in a fresh process: inputs, gradients, the workspace, and little else."""
 
-import subprocess
-import sys
-
 import pytest
+from watch import in_a_process
 
 _STEP = """
 import sys, torch, kd_kernels as kd
-from pathlib import Path
 dtype, logits_dtype, reduction = (eval(x) for x in sys.argv[1:4])
 torch.set_num_threads(2)
 tokens, vocab, workspace = 1500, 32000, 48 << 20
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
 
 def head(n, v, width, grad):
     h, w = torch.randn(n, width).to(dtype), torch.randn(v, width).to(dtype) * width**-0.5
@@ -47,24 +39,15 @@ print(above - gradients - workspace)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_within_workspace_and_64_mib(dtypes, reduction):
     """[tokens, vocab] would be 96 MB in bfloat16 already, 192 MB in float32; the budget is 48 MiB."""
-    run = subprocess.run(
-        [sys.executable, "-c", _STEP, *dtypes, repr(reduction)], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= 64 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"
+    above = in_a_process(_STEP, *dtypes, repr(reduction))
+    assert above <= 64 << 20, f"{above / 2**20:.0f} MiB above gradients and workspace"
 
 
 _ONE_MODEL = """
 import sys, torch, kd_kernels as kd
-from pathlib import Path
 call, dtype = sys.argv[1], eval(sys.argv[2])
 torch.set_num_threads(2)
 tokens, vocab, workspace, k = 1500, 32000, 48 << 20, 32
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
 
 def step(n, v):
     h, w = torch.randn(n, 64).to(dtype), torch.randn(v, 64).to(dtype) / 8
@@ -95,6 +78,5 @@ print(step(tokens, vocab) - workspace)
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_one_model_within_workspace_and_24_mib(call, dtype):
     """What is kept per saved entry, some ten float64 numbers of a chunk, is in the 24 MiB too."""
-    run = subprocess.run([sys.executable, "-c", _ONE_MODEL, call, dtype], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= 24 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"
+    above = in_a_process(_ONE_MODEL, call, dtype)
+    assert above <= 24 << 20, f"{above / 2**20:.0f} MiB above gradients and workspace"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, FLOOR, error
 from jobs import backends_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Largest
 
 import kd_kernels as kd
 from kd_kernels.relational import _squared_distances
@@ -218,19 +218,6 @@ def test_threads_change_no_bit():
     torch.set_num_threads(1)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other))
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made meanwhile holds."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("call", CALLS)

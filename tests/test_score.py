@@ -1,13 +1,12 @@
 """kd.score against plain torch in float64, and kd.calibration against a loop over the bins."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from cases import DTYPES, FLOOR, Batch, error, leaves
 from plain import widened
+from watch import in_a_process
 
 import kd_kernels as kd
 from kd_kernels.backends import TABLE
@@ -423,7 +422,6 @@ def test_temperature_may_be_a_tensor_with_grad():
 _STEP = """
 import torch, kd_kernels as kd
 from dataclasses import replace
-from pathlib import Path
 from kd_kernels.backends import TABLE
 from kd_kernels.rows import TopkJob
 
@@ -441,11 +439,6 @@ if TABLE["topk"]["cpu"][0] is None:
     TABLE["topk"]["cpu"] = (row_by_row, lambda device: [])
 torch.set_num_threads(1)
 tokens, vocab, workspace = 320, 32000, 12 << 20
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
 
 def head(n, v, width):
     return kd.Head(torch.randn(n, width, requires_grad=True), torch.randn(v, width, requires_grad=True))
@@ -466,9 +459,8 @@ print(status("VmHWM") - before - workspace)
 
 def test_memory_within_the_workspace():
     """[tokens, vocab] in float32 would be 39 MiB for each of three models; the budget for all is 12 MiB."""
-    run = subprocess.run([sys.executable, "-c", _STEP], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= 16 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above the workspace"
+    above = in_a_process(_STEP)
+    assert above <= 16 << 20, f"{above / 2**20:.0f} MiB above the workspace"
 
 
 # --- calibration --------------------------------------------------------------------------------------

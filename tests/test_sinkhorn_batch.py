@@ -1,11 +1,9 @@
 """SinKD: the transport between the rows of two models, against the published code in float64 and autograd."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import DTYPES, FLOOR, SHAPING, SOURCES, Batch, error, leaves
+from watch import in_a_process
 
 import kd_kernels as kd
 from kd_kernels.backends import TABLE
@@ -419,15 +417,9 @@ def test_the_module_and_the_objective_as_data():
 
 _STEP = """
 import sys, torch, kd_kernels as kd
-from pathlib import Path
 dtype = eval(sys.argv[1])
 torch.set_num_threads(1)
 tokens, vocab, workspace = 512, 64000, 24 << 20
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
 
 def head(n, v, width, grad):
     h, w = torch.randn(n, width).to(dtype), torch.randn(v, width).to(dtype) * width**-0.5
@@ -451,6 +443,5 @@ print(above - vocab * 64 * dtype.itemsize - workspace)
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_memory_is_the_workspace_and_the_gradients(dtype):
     """[tokens, vocab] would be 131 MB in float32, for each model; of d weight nothing wider is kept."""
-    run = subprocess.run([sys.executable, "-c", _STEP, dtype], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= 40 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"
+    above = in_a_process(_STEP, dtype)
+    assert above <= 40 << 20, f"{above / 2**20:.0f} MiB above gradients and workspace"

@@ -1,12 +1,10 @@
 """kd.sinkhorn among torch's other parts, and its memory."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from test_torch_integration import _Recorder
 from transport import BACKENDS, NAMES, Problems, agree, dense  # noqa: F401
+from watch import in_a_process
 
 import kd_kernels as kd
 
@@ -163,13 +161,7 @@ def test_frozen(backend):
 
 _SHARED_COST = """
 import sys, torch, kd_kernels as kd
-from pathlib import Path
 torch.set_num_threads(1)
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
 
 def step(count, n, m):
     cost = torch.rand(n, m, requires_grad=True)
@@ -188,7 +180,5 @@ print(status("VmHWM") - before)
 
 def test_a_shared_cost_is_not_repeated(backend):
     """256 problems of 400 x 500: a [B, n, m] takes 195 MiB, all potentials of a step 0.9."""
-    done = subprocess.run(
-        [sys.executable, "-c", _SHARED_COST, backend], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 80 << 20, int(done.stdout) / 2**20
+    above = in_a_process(_SHARED_COST, backend)
+    assert above < 80 << 20, above / 2**20

@@ -1,13 +1,11 @@
 """kd.SortedWasserstein: against the dense float64 form, between vocabularies of different size."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import DTYPES, FLOOR, OPTIONS, SHAPING, SOURCES, Batch, error, leaves
 from plain import compare, gradients
 from test_torch_integration import _Recorder
+from watch import in_a_process
 
 import kd_kernels as kd
 from kd_kernels.backends import BackendUnavailable
@@ -413,15 +411,9 @@ def test_autocast():
 
 _MEMORY = """
 import sys, torch, kd_kernels as kd
-from pathlib import Path
 form, backend, tokens = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(2)
 workspace = 24 << 20
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
 
 def head(n, v, grad):
     return kd.Head(torch.randn(n, 64).requires_grad_(grad), (torch.randn(v, 64) / 8).requires_grad_(grad))
@@ -447,8 +439,5 @@ def test_memory(objective, backend_named):
         pytest.skip("the plain topk makes whole copies of a chunk, for every call that uses it")
     tokens = "600" if backend_named == "cpu" else "40"  # sorting is slow there, and one chunk would be 190 MB
     form = f"kd.SortedWasserstein({objective.top_k})"
-    run = subprocess.run(
-        [sys.executable, "-c", _MEMORY, form, backend_named, tokens], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= 48 << 20, f"{int(run.stdout) / 2**20:.0f} MiB above gradients and workspace"
+    above = in_a_process(_MEMORY, form, backend_named, tokens)
+    assert above <= 48 << 20, f"{above / 2**20:.0f} MiB above gradients and workspace"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, FLOOR, error
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Largest
 
 import kd_kernels as kd
 
@@ -368,19 +368,6 @@ def test_class_gradcheck():
         lambda z, y: kd.class_transport(z, y, classes(5), labels, teacher_grad=True, target_weight=0.3),
         inputs,
     )
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made meanwhile holds."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 def test_the_cost_is_never_copied_for_each_sample():
