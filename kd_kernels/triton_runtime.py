@@ -38,6 +38,12 @@ def configuration(vocab: int, wide: bool) -> Configuration:
     return LARGE_WIDE if wide else LARGE
 
 
+def row_tile(block: int, wide: bool) -> dict[str, int]:
+    """What the row kernel takes of a row at once: in each lane numbers that one load brings, whose maximum
+    and sum cost no other lane anything; two such lanes a thread. In float64 one number: more spill."""
+    return {"WIDTH": 1, "LANES": block} if wide else {"WIDTH": 4, "LANES": block // 2}
+
+
 def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict:
     """What a launch asks of the compiler."""
     # u_s - u_t must vanish where student and teacher agree: no product is fused into it.
@@ -148,13 +154,15 @@ def row_divergence(job: RowJob, phases: int) -> None:
             ENTROPIES=job.entropies,
             STUDENT_CAPPED=job.student.softcap != 0,
             TEACHER_CAPPED=job.teacher.softcap != 0,
+            STUDENT_SCALED=job.student.scale != 1,
+            TEACHER_SCALED=job.teacher.scale != 1,
             STUDENT_GRAD=student_grad,
             TEACHER_GRAD=teacher_grad,
             STUDENT_SUM=student_sum,
             TEACHER_SUM=teacher_sum,
             FUSED=fused,
             ALIGNMENT=_ALIGNMENT if _aligned(job.student, job.teacher) else 1,
-            BLOCK=block,
+            **row_tile(block, wide),
             F=module.tl.float64 if wide else module.tl.float32,
             **options(num_warps),
         )

@@ -217,7 +217,8 @@ def test_plan_cuts_as_the_walk_does(dtype, workspace, frozen, monkeypatch):
         )[1],
     )
     kd_step(shape, Inputs.of(shape))
-    assert len(borrowed) == predicted["chunks"] and set(borrowed) == {predicted["workspace_bytes"]}
+    # Once: a second buffer would stand beside what still refers to the first.
+    assert borrowed == [predicted["workspace_bytes"]]
     assert max(chunks) == predicted["chunk_rows"] and len(chunks) == 2 * predicted["chunks"]
 
 

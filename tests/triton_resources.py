@@ -55,14 +55,16 @@ def source(objective: str, dtype: str, vocab: int, everything: bool) -> tuple[AS
         "ENTROPIES": everything,
         "STUDENT_CAPPED": everything,
         "TEACHER_CAPPED": everything,
+        "STUDENT_SCALED": everything,
+        "TEACHER_SCALED": everything,
         "STUDENT_GRAD": True,
         "TEACHER_GRAD": everything,
         "STUDENT_SUM": not zero_student,
         "TEACHER_SUM": everything and not zero_teacher,
         "FUSED": zero_student and (zero_teacher or not everything),
         "ALIGNMENT": 8,
-        "BLOCK": block,
         "F": kernels.tl.float64 if wide else kernels.tl.float32,
+        **triton_runtime.row_tile(block, wide),
     }
     return _ast(kernels.row_divergence, constants, dtype), num_warps
 

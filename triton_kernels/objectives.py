@@ -23,6 +23,12 @@ def times(probability, logarithm):
 
 
 @triton.jit
+def larger_log(log_p, log_q):
+    """``-inf`` where both are; NaN stays."""
+    return tl.maximum(log_p, log_q, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def pair(log_p, log_q, d):
     """p and q seen from the larger of the two, so that every exponential is of a number <= 0.
 
@@ -30,25 +36,22 @@ def pair(log_p, log_q, d):
     ``gap = -|d|``: ``exp = smaller / larger``.
     """
     teacher_larger = d <= 0.0
-    gap = tl.where(teacher_larger, d, -d)
+    gap = -tl.abs(d)
     exp, expm1, phi, bounded = exp_parts(gap)
-    larger = tl.exp(tl.where(teacher_larger, log_p, log_q))
+    larger = tl.exp(larger_log(log_p, log_q))
     return teacher_larger, larger, larger * exp, gap, exp, expm1, phi, bounded
 
 
 @triton.jit
-def larger_term(larger, phi):
-    """The Kullback-Leibler summand of the larger one, ``larger * phi(log(smaller / larger))``."""
-    return times(larger, phi)
+def kl_term(of_larger, larger, gap, exp, expm1, phi, bounded):
+    """The Kullback-Leibler summand ``p phi(log(q / p))`` of a p that is the larger one, or the smaller.
 
-
-@triton.jit
-def smaller_term(larger, gap, exp, expm1, phi, bounded):
-    """``smaller * phi(log(larger / smaller)) = larger (1 - e^gap (1 - gap))``; near 0 in a form that only
-    halves instead of cancelling."""
+    Of the larger it is ``larger phi(gap)``, of the smaller ``larger (1 - e^gap (1 - gap))``; near 0 in a form
+    that only halves instead of cancelling.
+    """
     far = tl.fma(exp, bounded - 1.0, 1.0)
     near = tl.fma(gap, expm1, -phi)
-    return larger * tl.where(gap < -1.0, far, near)
+    return times(larger, tl.where(of_larger, phi, tl.where(gap > -1.0, near, far)))
 
 
 @triton.jit
@@ -82,9 +85,8 @@ def forward_kl(log_p, log_q, d, first, rest, second):
     """KL(p || q)"""
     teacher_larger, larger, smaller, gap, exp, expm1, phi, bounded = pair(log_p, log_q, d)
     p, q = tl.where(teacher_larger, larger, smaller), tl.where(teacher_larger, smaller, larger)
-    if_larger, if_smaller = larger_term(larger, phi), smaller_term(larger, gap, exp, expm1, phi, bounded)
-    term = tl.where(teacher_larger, if_larger, if_smaller)
-    q_minus_p = tl.where(teacher_larger, larger * expm1, -larger * expm1)
+    term = kl_term(teacher_larger, larger, gap, exp, expm1, phi, bounded)
+    q_minus_p = larger * tl.where(teacher_larger, expm1, -expm1)
     return p, q, term, q_minus_p, -times(p, d)
 
 

@@ -1,8 +1,9 @@
 """The row kernel: rows of student and teacher logits in, divergence, statistics and gradients out.
 
-``csrc/row_divergence.h`` states the contract. One program takes one row and walks its vocabulary in blocks,
-up to three times: statistics, terms, gradient. The last two are one where the parts sum to zero by
-themselves. Each walk goes the opposite way of the one before, so that it begins with what the cache holds.
+``csrc/row_divergence.h`` states the contract. One program takes one row and walks its vocabulary in blocks
+of ``[LANES, WIDTH]`` entries, up to three times: statistics, terms, gradient. The last two are one where the
+parts sum to zero by themselves. Each walk goes the opposite way of the one before, so that it begins with
+what the cache holds. The block in which the row ends is masked; the others, nearly all, spend nothing on it.
 
 Nothing crosses lanes inside a walk, see rows.py.
 """
@@ -11,10 +12,11 @@ import triton
 import triton.language as tl
 
 from . import objectives  # noqa: F401  (the launcher reads its tables)
-from .objectives import evaluate
+from .objectives import evaluate, larger_log
 from .rows import (
-    add_exp,
+    add_exp_block,
     load_block,
+    load_whole,
     log_sum,
     lowest,
     number,
@@ -32,7 +34,7 @@ def log_pair(z_s, z_t, top_s, top_t, inverse_s, inverse_t, logz_s, logz_t, logz_
     """``(log p, log q, log q - log p)``, the last 0 where both probabilities are."""
     u_s, u_t = (z_s - top_s) * inverse_s, (z_t - top_t) * inverse_t
     log_q, log_p = u_s - logz_s, u_t - logz_t
-    absent = (log_p == -float("inf")) & (log_q == -float("inf"))
+    absent = larger_log(log_p, log_q) == -float("inf")
     return log_p, log_q, tl.where(absent, 0.0, (u_s - u_t) - logz_difference)
 
 
@@ -43,9 +45,11 @@ def mean_part(row_sum, mass, F: tl.constexpr):
 
 
 @triton.jit
-def soft_gradient(part, probability, mean, coefficient):
+def soft_gradient(part, probability, mean, coefficient, SUM: tl.constexpr):
     """A weight of 0 silences the row, whatever it holds."""
-    return tl.where(coefficient == 0.0, 0.0, coefficient * tl.fma(-probability, mean, part))
+    if SUM:
+        part = tl.fma(-probability, mean, part)
+    return tl.where(coefficient == 0.0, 0.0, coefficient * part)
 
 
 @triton.jit
@@ -91,18 +95,22 @@ def row_divergence(
     ENTROPIES: tl.constexpr,
     STUDENT_CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr,
+    STUDENT_SCALED: tl.constexpr,  # whether the scale is another than 1
+    TEACHER_SCALED: tl.constexpr,
     STUDENT_GRAD: tl.constexpr,
     TEACHER_GRAD: tl.constexpr,
     STUDENT_SUM: tl.constexpr,  # add up the student's parts, which do not sum to 0 by themselves
     TEACHER_SUM: tl.constexpr,
     FUSED: tl.constexpr,  # write the gradient in the walk that adds up the terms
     ALIGNMENT: tl.constexpr,  # divides every offset
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
     F: tl.constexpr,  # arithmetic: float32 or float64
 ):
     row = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(vocab, BLOCK)
-    lanes = tl.arange(0, BLOCK)
+    BLOCK: tl.constexpr = WIDTH * LANES
+    blocks, whole = tl.cdiv(vocab, BLOCK), vocab // BLOCK
+    entries = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     start_s = row_start(student, student_offsets, row, ALIGNMENT)
     start_t = row_start(teacher, teacher_offsets, row, ALIGNMENT)
     scale_s = number(student_scale, student_scale_low, F)
@@ -123,18 +131,23 @@ def row_divergence(
 
     if STATISTICS:
         floor = lowest(F)
-        top_s, top_t = tl.full([BLOCK], floor, F), tl.full([BLOCK], floor, F)
-        sum_s, sum_t = tl.zeros([BLOCK], F), tl.zeros([BLOCK], F)
-        sum_hard = tl.zeros([BLOCK], F)
-        for i in range(blocks):
-            columns = i * BLOCK + lanes
-            inside = columns < vocab
-            z_s = load_block(start_s, columns, inside, scale_s, cap_s, STUDENT_CAPPED, F)
-            z_t = load_block(start_t, columns, inside, scale_t, cap_t, TEACHER_CAPPED, F)
-            sum_s, sum_t = add_exp(sum_s, top_s, z_s, inverse_s), add_exp(sum_t, top_t, z_t, inverse_t)
-            if LABELS:
-                sum_hard = add_exp(sum_hard, top_s, z_s, 1.0)
-            top_s, top_t = tl.where(z_s > top_s, z_s, top_s), tl.where(z_t > top_t, z_t, top_t)
+        top_s, top_t = tl.full([LANES], floor, F), tl.full([LANES], floor, F)
+        sum_s, sum_t = tl.zeros([LANES], F), tl.zeros([LANES], F)
+        sum_hard = tl.zeros([LANES], F)
+        for part in tl.static_range(2):  # whole blocks, then the masked rest
+            for i in range(whole if part == 1 else 0, blocks if part == 1 else whole):
+                columns = i * BLOCK + entries
+                if part == 1:
+                    inside = columns < vocab
+                    z_s = load_block(start_s, columns, inside, scale_s, cap_s, STUDENT_CAPPED, F)
+                    z_t = load_block(start_t, columns, inside, scale_t, cap_t, TEACHER_CAPPED, F)
+                else:
+                    z_s = load_whole(start_s, columns, scale_s, cap_s, STUDENT_CAPPED, STUDENT_SCALED, F)
+                    z_t = load_whole(start_t, columns, scale_t, cap_t, TEACHER_CAPPED, TEACHER_SCALED, F)
+                if LABELS:
+                    sum_hard, _ = add_exp_block(sum_hard, top_s, z_s, 1.0)
+                sum_s, top_s = add_exp_block(sum_s, top_s, z_s, inverse_s)
+                sum_t, top_t = add_exp_block(sum_t, top_t, z_t, inverse_t)
         row_top_s, row_top_t = tl.max(top_s, 0), tl.max(top_t, 0)
         logz_s = log_sum(sum_s, top_s, row_top_s, inverse_s)
         logz_t = log_sum(sum_t, top_t, row_top_t, inverse_t)
@@ -178,39 +191,48 @@ def row_divergence(
 
     mean_s, mean_t = tl.zeros([], F), tl.zeros([], F)
     if TERMS:
-        term = tl.zeros([BLOCK], F)
+        term = tl.zeros([LANES], F)
         parts_s, parts_t, mass_s, mass_t = term, term, term, term
         entropy_s, entropy_t = term, term
-        for i in range(blocks):
-            columns = (blocks - 1 - i) * BLOCK + lanes
-            inside = columns < vocab
-            z_s = load_block(start_s, columns, inside, scale_s, cap_s, STUDENT_CAPPED, F)
-            z_t = load_block(start_t, columns, inside, scale_t, cap_t, TEACHER_CAPPED, F)
-            log_p, log_q, d = log_pair(
-                z_s, z_t, max_s, max_t, inverse_s, inverse_t, log_norm_s, log_norm_t, log_ratio
-            )
-            p, q, summand, part_s, part_t = evaluate(OBJECTIVE, log_p, log_q, d, first, rest, second)
-            term += summand
-            if STUDENT_SUM:
-                parts_s += part_s
-                mass_s += q
-            if TEACHER_SUM:
-                parts_t += part_t
-                mass_t += p
-            if ENTROPIES:
-                entropy_s -= tl.where(q == 0.0, 0.0, q * log_q)
-                entropy_t -= tl.where(p == 0.0, 0.0, p * log_p)
-            if FUSED:
-                if STUDENT_GRAD:
-                    gradient = soft_gradient(part_s, q, mean_s, coefficient_s)
-                    if LABELS:
-                        gradient += poison + hard_gradient(
-                            z_s, columns, label, max_s, log_norm_hard, coefficient_hard
+        for part in tl.static_range(2):  # the masked rest, then whole blocks
+            for i in range(blocks - whole if part == 0 else whole):
+                columns = ((blocks if part == 0 else whole) - 1 - i) * BLOCK + entries
+                inside = columns < vocab
+                if part == 0:
+                    z_s = load_block(start_s, columns, inside, scale_s, cap_s, STUDENT_CAPPED, F)
+                    z_t = load_block(start_t, columns, inside, scale_t, cap_t, TEACHER_CAPPED, F)
+                else:
+                    z_s = load_whole(start_s, columns, scale_s, cap_s, STUDENT_CAPPED, STUDENT_SCALED, F)
+                    z_t = load_whole(start_t, columns, scale_t, cap_t, TEACHER_CAPPED, TEACHER_SCALED, F)
+                log_p, log_q, d = log_pair(
+                    z_s, z_t, max_s, max_t, inverse_s, inverse_t, log_norm_s, log_norm_t, log_ratio
+                )
+                p, q, summand, part_s, part_t = evaluate(OBJECTIVE, log_p, log_q, d, first, rest, second)
+                term += tl.sum(summand, 1)
+                if STUDENT_SUM:
+                    parts_s += tl.sum(part_s, 1)
+                    mass_s += tl.sum(q, 1)
+                if TEACHER_SUM:
+                    parts_t += tl.sum(part_t, 1)
+                    mass_t += tl.sum(p, 1)
+                if ENTROPIES:
+                    entropy_s -= tl.sum(tl.where(q == 0.0, 0.0, q * log_q), 1)
+                    entropy_t -= tl.sum(tl.where(p == 0.0, 0.0, p * log_p), 1)
+                if FUSED:
+                    if STUDENT_GRAD:
+                        gradient = soft_gradient(part_s, q, mean_s, coefficient_s, STUDENT_SUM)
+                        if LABELS:
+                            gradient += poison + hard_gradient(
+                                z_s, columns, label, max_s, log_norm_hard, coefficient_hard
+                            )
+                        store_gradient(
+                            out_s, columns, inside, gradient, z_s, cap_s, STUDENT_CAPPED, part == 0
                         )
-                    store_gradient(out_s, columns, inside, gradient, z_s, cap_s, STUDENT_CAPPED)
-                if TEACHER_GRAD:
-                    gradient = soft_gradient(part_t, p, mean_t, coefficient_t)
-                    store_gradient(out_t, columns, inside, gradient, z_t, cap_t, TEACHER_CAPPED)
+                    if TEACHER_GRAD:
+                        gradient = soft_gradient(part_t, p, mean_t, coefficient_t, TEACHER_SUM)
+                        store_gradient(
+                            out_t, columns, inside, gradient, z_t, cap_t, TEACHER_CAPPED, part == 0
+                        )
         row_terms = terms + row * TERM_COLUMNS
         tl.store(row_terms + 0, total(term))
         if LABELS:
@@ -231,22 +253,27 @@ def row_divergence(
     if GRADIENT and not FUSED:
         mean_s = mean_part(row_sum_s, row_mass_s, F)
         mean_t = mean_part(row_sum_t, row_mass_t, F)
-        for i in range(blocks):
-            columns = i * BLOCK + lanes
-            inside = columns < vocab
-            z_s = load_block(start_s, columns, inside, scale_s, cap_s, STUDENT_CAPPED, F)
-            z_t = load_block(start_t, columns, inside, scale_t, cap_t, TEACHER_CAPPED, F)
-            log_p, log_q, d = log_pair(
-                z_s, z_t, max_s, max_t, inverse_s, inverse_t, log_norm_s, log_norm_t, log_ratio
-            )
-            p, q, summand, part_s, part_t = evaluate(OBJECTIVE, log_p, log_q, d, first, rest, second)
-            if STUDENT_GRAD:
-                gradient = soft_gradient(part_s, q, mean_s, coefficient_s)
-                if LABELS:
-                    gradient += poison + hard_gradient(
-                        z_s, columns, label, max_s, log_norm_hard, coefficient_hard
-                    )
-                store_gradient(out_s, columns, inside, gradient, z_s, cap_s, STUDENT_CAPPED)
-            if TEACHER_GRAD:
-                gradient = soft_gradient(part_t, p, mean_t, coefficient_t)
-                store_gradient(out_t, columns, inside, gradient, z_t, cap_t, TEACHER_CAPPED)
+        for part in tl.static_range(2):  # whole blocks, then the masked rest
+            for i in range(whole if part == 1 else 0, blocks if part == 1 else whole):
+                columns = i * BLOCK + entries
+                inside = columns < vocab
+                if part == 1:
+                    z_s = load_block(start_s, columns, inside, scale_s, cap_s, STUDENT_CAPPED, F)
+                    z_t = load_block(start_t, columns, inside, scale_t, cap_t, TEACHER_CAPPED, F)
+                else:
+                    z_s = load_whole(start_s, columns, scale_s, cap_s, STUDENT_CAPPED, STUDENT_SCALED, F)
+                    z_t = load_whole(start_t, columns, scale_t, cap_t, TEACHER_CAPPED, TEACHER_SCALED, F)
+                log_p, log_q, d = log_pair(
+                    z_s, z_t, max_s, max_t, inverse_s, inverse_t, log_norm_s, log_norm_t, log_ratio
+                )
+                p, q, summand, part_s, part_t = evaluate(OBJECTIVE, log_p, log_q, d, first, rest, second)
+                if STUDENT_GRAD:
+                    gradient = soft_gradient(part_s, q, mean_s, coefficient_s, STUDENT_SUM)
+                    if LABELS:
+                        gradient += poison + hard_gradient(
+                            z_s, columns, label, max_s, log_norm_hard, coefficient_hard
+                        )
+                    store_gradient(out_s, columns, inside, gradient, z_s, cap_s, STUDENT_CAPPED, part == 1)
+                if TEACHER_GRAD:
+                    gradient = soft_gradient(part_t, p, mean_t, coefficient_t, TEACHER_SUM)
+                    store_gradient(out_t, columns, inside, gradient, z_t, cap_t, TEACHER_CAPPED, part == 1)

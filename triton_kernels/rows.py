@@ -30,12 +30,14 @@ def row_start(base, offsets, row, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def shaped(x, scale, softcap, CAPPED: tl.constexpr):
-    """``scale x``, or ``softcap tanh(scale x / softcap)``"""
+def shaped(x, scale, softcap, CAPPED: tl.constexpr, SCALED: tl.constexpr = True):
+    """``scale x``, or ``softcap tanh(scale x / softcap)``; without SCALED the scale is known to be 1."""
     if CAPPED:
         return softcap * tanh(x * (scale / softcap))
-    else:
+    elif SCALED:
         return x * scale
+    else:
+        return x
 
 
 @triton.jit
@@ -43,6 +45,27 @@ def load_block(start, columns, inside, scale, softcap, CAPPED: tl.constexpr, F: 
     """A block of logits after scale and softcap; ``-inf`` past the end of the row."""
     x = tl.load(start + columns, mask=inside, other=0.0).to(F)
     return tl.where(inside, shaped(x, scale, softcap, CAPPED), -float("inf"))
+
+
+@triton.jit
+def load_whole(start, columns, scale, softcap, CAPPED: tl.constexpr, SCALED: tl.constexpr, F: tl.constexpr):
+    """A block that the row does not end in: nothing is masked."""
+    return shaped(tl.load(start + columns).to(F), scale, softcap, CAPPED, SCALED)
+
+
+@triton.jit
+def add_exp_block(total, top, z, inverse_temperature):
+    """Lane sums of ``exp((z - top) / temperature)`` with one more block ``[lanes, width]``, brought to its
+    lanes' new maxima first: ``(total, top)``. ``top`` is finite from the start, so that ``-inf`` adds 0; NaN
+    goes into the sum."""
+    new = tl.maximum(top, tl.max(z, 1))
+    if z.dtype == tl.float64:
+        added = tl.sum(tl.exp((z - new[:, None]) * inverse_temperature), 1)
+        return tl.fma(total, tl.exp((top - new) * inverse_temperature), added), new
+    else:
+        exponent = inverse_temperature * 1.4426950408889634
+        added = tl.sum(tl.exp2((z - new[:, None]) * exponent), 1)
+        return tl.fma(total, tl.exp2((top - new) * exponent), added), new
 
 
 @triton.jit
@@ -102,10 +125,15 @@ def total(lanes):
 
 
 @triton.jit
-def store_gradient(start, columns, inside, gradient, z, softcap, CAPPED: tl.constexpr):
+def store_gradient(
+    start, columns, inside, gradient, z, softcap, CAPPED: tl.constexpr, MASKED: tl.constexpr = True
+):
     if CAPPED:  # the softcap's derivative 1 - (z / softcap)^2; a 0 stays 0 whatever z is
         y = z / softcap
         gradient = tl.where(gradient == 0.0, 0.0, gradient * (1.0 - y) * (1.0 + y))
     if start.dtype.element_ty == tl.bfloat16:
         gradient = gradient.to(tl.float32)  # the interpreter makes 0 of a float64 cast to bfloat16
-    tl.store(start + columns, gradient.to(start.dtype.element_ty), mask=inside)
+    if MASKED:
+        tl.store(start + columns, gradient.to(start.dtype.element_ty), mask=inside)
+    else:
+        tl.store(start + columns, gradient.to(start.dtype.element_ty))

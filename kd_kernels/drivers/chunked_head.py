@@ -81,17 +81,24 @@ class Problem:
     def walked(self) -> int:
         return self.tokens if self.rows is None else self.rows.numel()
 
-    def per_token(self, value: Tensor, silenced: float = 0.0) -> Tensor:
-        """``value`` for each token that is walked, ``[n]`` float64; ``silenced`` at silenced ones."""
-        device = self.student.values.device
-        if value.device == device:
-            value = value.to(torch.float64)
-        else:  # a number on the host: filling in a constant waits for nobody, copying it would
-            value = torch.full((), value.item(), dtype=torch.float64, device=device)
-        value = value.reshape(-1).expand(self.tokens)
+    def walked_values(self, value: Tensor, silenced: float = 0.0) -> Tensor:
+        """``value`` for each token that is walked, ``[n]`` float64, ``silenced`` at silenced ones; or, while
+        it is one number on the host, just that: what is computed with it launches nothing."""
+        if value.dim() == 0 and value.device.type == "cpu":
+            return value.to(torch.float64)
+        value = value.to(self.student.values.device, torch.float64).reshape(-1).expand(self.tokens)
         if self.kept is not None:
             value = torch.where(self.kept, value, silenced)
         return (value if self.rows is None else value[self.rows]).contiguous()
+
+    def per_token(self, value: Tensor, silenced: float = 0.0) -> Tensor:
+        """``[n]`` of what :meth:`walked_values` gave."""
+        if value.dim():
+            return value
+        # Filling in a constant waits for nobody, copying it would.
+        device = self.student.values.device
+        value = torch.full((self.walked,), value.item(), dtype=torch.float64, device=device)
+        return value if self.kept is None else torch.where(self.kept, value, silenced)
 
     def spread(self, values: Tensor) -> Tensor:
         """``[n, k]`` of the walked tokens to ``[N, k]`` of all, zeros at those that do not count."""
@@ -163,11 +170,20 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     cut = arrange(problem, name, device)
     student, teacher, chunk, n = cut.student, cut.teacher, cut.rows, problem.walked
 
-    soft = problem.per_token(problem.soft_weight)
-    hard = torch.zeros_like(soft) if problem.hard_weight is None else problem.per_token(problem.hard_weight)
-    t_s, t_t = (problem.per_token(m.temperature, 1.0) for m in (problem.student, problem.teacher))
-    factor = _common_factor(problem, soft, hard, t_s, t_t)
-    p0, p1 = problem.per_token(problem.parameter0), problem.per_token(problem.parameter1)
+    weights = (
+        [problem.soft_weight] if problem.hard_weight is None else [problem.soft_weight, problem.hard_weight]
+    )
+    weights = [problem.walked_values(w) for w in weights]
+    temperatures = [problem.walked_values(m.temperature, 1.0) for m in (problem.student, problem.teacher)]
+    factor = _common_factor(problem, weights, temperatures)
+    on_host = factor.device.type == "cpu"
+    soft, *hard = (
+        problem.per_token(w / factor) if on_host else problem.per_token(w) / factor for w in weights
+    )
+    t_s, t_t = (problem.per_token(t, 1.0) for t in temperatures)
+    p0, p1 = (problem.per_token(problem.walked_values(p)) for p in (problem.parameter0, problem.parameter1))
+    if on_host:
+        factor = torch.full((), factor.item(), dtype=torch.float64, device=device)
     labels = problem.labels
     if problem.target is not None and problem.hard_weight is None:
         labels = None
@@ -180,10 +196,12 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     else:
         stats = statistics if problem.rows is None else statistics[problem.rows]
 
-    for start in range(0, n, chunk):
-        stop = min(n, start + chunk)
-        part = slice(start, stop)
-        with borrow(cut.workspace_bytes, device) as workspace:
+    hard_weight = hard[0] if hard else torch.zeros_like(soft)
+    with borrow(cut.workspace_bytes, device) as workspace:
+        for start in range(0, n, chunk):
+            stop = min(n, start + chunk)
+            part = slice(start, stop)
+            workspace.again()
             s = student.project(start, stop, workspace, t_s[part])
             t = teacher.project(start, stop, workspace, t_t[part])
             job = R.RowJob(
@@ -195,8 +213,8 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
                 parameter0=p0[part],
                 parameter1=p1[part],
                 labels=None if labels is None else labels[part],
-                soft_weight=soft[part] / factor,
-                hard_weight=hard[part] / factor,
+                soft_weight=soft[part],
+                hard_weight=hard_weight[part],
                 statistics=stats[part],
                 terms=terms[part],
                 entropies=problem.entropies,
@@ -206,9 +224,10 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
                 student.carry(start, stop, s)
                 teacher.carry(start, stop, t)
     # A weight of 0 silences its term, as it does in the gradient, also where that is infinite.
-    weighted = [torch.where(w == 0, 0.0, w * terms[:, i]) for w, i in ((soft, R.SOFT), (hard, R.HARD))]
+    columns = zip((soft, *hard), (R.SOFT, R.HARD))
+    weighted = [torch.where(w == 0, 0.0, w * terms[:, i]) for w, i in columns]
     return Outcome(
-        problem.spread(sum(weighted)[:, None])[:, 0],
+        problem.spread((sum(weighted) * factor)[:, None])[:, 0],
         problem.spread(terms),
         problem.spread(stats),
         student.gradients() + teacher.gradients(),
@@ -254,21 +273,23 @@ def _uniform(temperature: Tensor, device: torch.device) -> Optional[Tensor]:
     return torch.full((1,), temperature.item(), dtype=torch.float64, device=device)
 
 
-def _common_factor(problem: Problem, soft: Tensor, hard: Tensor, t_s: Tensor, t_t: Tensor) -> Tensor:
-    """A power of two that brings the logit gradients near 1, put back after the GEMMs.
+def _common_factor(problem: Problem, weights: list[Tensor], temperatures: list[Tensor]) -> Tensor:
+    """A power of two that brings the logit gradients near 1, put back after the GEMMs; on the host where all
+    that it comes from is.
 
     They are stored in the compute dtype. In float16 a weight like 1/tokens, or a temperature of 100,
     would flush most of them to zero before any loss scale; the other end would overflow. Gradients of
     existing logits are final as the kernel writes them, so a call without any head keeps its weights.
     """
-    one = soft.new_ones(())
+    soft, *hard = weights
     models = [m for m in (problem.student, problem.teacher) if any(m.needs)]
-    if soft.numel() == 0 or not any(m.is_head for m in models):
-        return one
-    top = hard.abs().amax() * abs(problem.student.scale)
-    for model, temperature in ((problem.student, t_s), (problem.teacher, t_t)):
+    if problem.walked == 0 or not any(m.is_head for m in models):
+        return torch.ones((), dtype=torch.float64)
+    tops = [w.abs().amax() * abs(problem.student.scale) for w in hard]
+    for model, temperature in zip((problem.student, problem.teacher), temperatures):
         if any(model.needs):
-            top = torch.maximum(top, (soft.abs() / temperature).amax() * abs(model.scale))
+            tops.append((soft.abs() / temperature).amax() * abs(model.scale))
+    top = functools.reduce(torch.maximum, tops)
     if any(m.is_head and (problem.compute_dtype or m.values.dtype) == torch.float16 for m in models):
         top = top / FLOAT16_HEADROOM
     return power_of_two(top)

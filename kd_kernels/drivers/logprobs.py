@@ -81,9 +81,10 @@ def walk_logprobs(
     chunk, size = cut([side], n, vocab, device, problem.workspace_bytes, vocabulary_major)
     logprobs = torch.zeros(selection.ids.shape, dtype=torch.float64, device=device)
     entropies = torch.zeros(n, dtype=torch.float64, device=device)
-    for start in range(0, n, chunk):
-        part = slice(start, min(n, start + chunk))
-        with borrow(size, device) as workspace:
+    with borrow(size, device) as workspace:
+        for start in range(0, n, chunk):
+            part = slice(start, min(n, start + chunk))
+            workspace.again()
             rows = side.project(part.start, part.stop, workspace, temperature[part])
             count = part.stop - part.start
             job = new_job(rows, selection.ids[part], count, vocab, False, problem.entropy)

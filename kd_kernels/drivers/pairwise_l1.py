@@ -216,9 +216,10 @@ class _Walk:
         return width, room(width)
 
     def slabs(self) -> Iterator[_Slab]:
-        for start in range(0, self.vocab if self.n else 0, self.width):
-            stop = min(self.vocab, start + self.width)
-            with borrow(self.bytes, self.device) as workspace:
+        with borrow(self.bytes, self.device) as workspace:
+            for start in range(0, self.vocab if self.n else 0, self.width):
+                stop = min(self.vocab, start + self.width)
+                workspace.again()
                 rows = [
                     side.project(start, stop, workspace, t) for side, t in zip(self.sides, self.temperatures)
                 ]

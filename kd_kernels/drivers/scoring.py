@@ -80,10 +80,12 @@ def walk(call: Scoring) -> Measured:
     measures = torch.zeros(count, MEASURES, n, dtype=torch.float64, device=device)
     top1 = torch.zeros(count, n, dtype=torch.int64, device=device)
     divergences = torch.zeros(count - 1, len(DIVERGENCES), n, dtype=torch.float64, device=device)
-    for start in range(0, n, chunk):
-        part = slice(start, min(n, start + chunk))
-        temperature = torch.full((part.stop - start,), call.temperature, dtype=torch.float64, device=device)
-        with borrow(size, device) as workspace:
+    one = torch.full((min(chunk, n),), call.temperature, dtype=torch.float64, device=device)
+    with borrow(size, device) as workspace:
+        for start in range(0, n, chunk):
+            part = slice(start, min(n, start + chunk))
+            temperature = one[: part.stop - start]
+            workspace.again()
             # All of them first: a comparison reads two models' logits.
             rows = [side.project(start, part.stop, workspace, temperature) for side in sides]
             for i, model in enumerate(rows):

@@ -86,6 +86,7 @@ class HeadSide:
         self.hidden = (hidden if rows is None else hidden.index_select(0, rows)).to(dtype)
         self.weight = as_matrix(model.weight[:vocab].to(dtype))
         self.bias = None if model.bias is None else model.bias[:vocab].to(self.logits_dtype)
+        self.offsets: dict[int, Tensor] = {}
         self.d_hidden = None
         if model.needs[0]:
             self.d_hidden = torch.empty_like(self.hidden, dtype=hidden_gradient_dtype(dtype))
@@ -132,11 +133,17 @@ class HeadSide:
             grad = logits if self.gradient_in_place else workspace.take(*shape, self.hidden.dtype)
         rows = Rows(logits, None, temperature, self.model.scale, self.model.softcap, grad)
         if not self.vocabulary_major:
-            token = torch.arange(c, device=x.device)
-            rows.offsets, rows.multiple = token * logits.stride(0), logits.stride(0)
+            rows.offsets, rows.multiple = self._row_offsets(logits), logits.stride(0)
             if grad is not None:
-                rows.grad_offsets, rows.grad_multiple = token * grad.stride(0), grad.stride(0)
+                rows.grad_offsets, rows.grad_multiple = self._row_offsets(grad), grad.stride(0)
         return rows
+
+    def _row_offsets(self, chunk: Tensor) -> Tensor:
+        """Where the rows start; computed once for all chunks, of which none has more rows than the first."""
+        c, stride = chunk.shape[0], chunk.stride(0)
+        if stride not in self.offsets:
+            self.offsets[stride] = torch.arange(c, device=chunk.device) * stride
+        return self.offsets[stride][:c]
 
     def carry(self, start: int, stop: int, rows: Rows) -> None:
         """GEMM one chunk's logit gradient on to the hidden states and the weight."""

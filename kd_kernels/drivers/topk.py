@@ -59,11 +59,12 @@ def walk_topk(problem: TopkProblem) -> R.TopkJob:
         samples=of(problem.samples, torch.int32),
     )
     one = torch.ones(min(chunk, n), dtype=torch.float64, device=device)
-    for start in range(0, n, chunk):
-        part = slice(start, min(n, start + chunk))
-        count = part.stop - start
-        tokens = torch.arange(start, part.stop, device=device)
-        with borrow(size, device) as workspace:
+    with borrow(size, device) as workspace:
+        for start in range(0, n, chunk):
+            part = slice(start, min(n, start + chunk))
+            count = part.stop - start
+            tokens = torch.arange(start, part.stop, device=device)
+            workspace.again()
             kernel(
                 R.TopkJob(
                     n=count,

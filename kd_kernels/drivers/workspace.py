@@ -21,10 +21,18 @@ _store = threading.local()
 
 
 class Workspace:
-    """Cuts one byte buffer into typed tensors."""
+    """Cuts one byte buffer into typed tensors.
+
+    A walk borrows it once, for all its chunks: what still refers to the last chunk would keep a buffer of its
+    own alive beside the next one's.
+    """
 
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
+        self._used = 0
+
+    def again(self) -> None:
+        """Cut from the beginning: what was taken before may be overwritten."""
         self._used = 0
 
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -223,7 +223,7 @@ def scale_gradient(gradient: Tensor, upstream: Tensor, factor: Tensor, dtype: to
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """One fresh tensor: scaling and casting never hold a third copy of a weight's gradient."""
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    if gradient.dtype == dtype:
+    if gradient.dtype == dtype or gradient.is_cuda:  # where one kernel multiplies and casts
         return torch.mul(gradient, scale.to(gradient.device), out=out)
     # In slabs through one small buffer: the wide product of all of it would be that third copy.
     source, target = gradient.reshape(-1), out.view(-1)
