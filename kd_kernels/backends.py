@@ -82,6 +82,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
     },
     "sinkhorn": {
         "cpu": (native.sinkhorn, _cpu_objections),
+        "triton": (triton_runtime.sinkhorn, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_sinkhorn, lambda device: []),
     },

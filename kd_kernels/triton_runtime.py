@@ -11,6 +11,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from kd_kernels import problems as P
+from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
 from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, AngleJob, GatherJob, RowJob, Rows, TopkJob
 
 _ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
@@ -44,8 +46,8 @@ def row_tile(block: int, wide: bool) -> dict[str, int]:
     return {"WIDTH": 1, "LANES": block} if wide else {"WIDTH": 4, "LANES": block // 2}
 
 
-def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict:
-    """What a launch asks of the compiler."""
+def options(num_warps: int, hip: bool = torch.version.hip is not None, registers: int = 128) -> dict:
+    """What a launch asks of the compiler; ``registers`` a thread at most."""
     # u_s - u_t must vanish where student and teacher agree: no product is fused into it.
     chosen: dict = {"num_warps": num_warps, "enable_fp_fusion": False}
     if hip:
@@ -53,7 +55,7 @@ def options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict:
         # gradient stored over the logits would meet the late ones.
         chosen["num_warps"] = max(1, num_warps // 2)
     else:
-        chosen["maxnreg"] = 128  # without a word ptxas spills a few numbers for the sake of occupancy
+        chosen["maxnreg"] = registers  # without a word ptxas spills a few numbers for the sake of occupancy
     return chosen
 
 
@@ -66,7 +68,7 @@ def interpreted() -> bool:
 def _load() -> tuple[Optional[ModuleType], Optional[str]]:
     try:
         from kd_kernels import triton_kernels
-        from kd_kernels.triton_kernels import angle, gather, row_divergence, topk  # noqa: F401
+        from kd_kernels.triton_kernels import angle, gather, row_divergence, sinkhorn, topk  # noqa: F401
     except ImportError as error:
         return None, f"Triton cannot be loaded ({error}); `pip install triton`"
     return triton_kernels, None
@@ -322,6 +324,117 @@ def angle(job: AngleJob) -> None:
             **options(ANGLE_WARPS),
         )
     torch.sum(partial, 1, out=job.sums)
+
+
+_SINKHORN_MOST_COLUMNS = 4096  # a tile holds whole rows
+SINKHORN_REGISTERS = 255  # a problem has a multiprocessor for itself
+
+
+def sinkhorn_tile(rows: int, columns: int, wide: bool) -> tuple[dict[str, int], int]:
+    """The tile of the Sinkhorn kernels, and the warps that share it: eight numbers a thread, in float64
+    four, and more where a row has more."""
+    width, each = max(_power_of_two(columns), 16), 4 if wide else 8
+    height = min(max(256 * each // width, 1), _power_of_two(rows))
+    return {"ROWS": height, "COLUMNS": width}, min(max(height * width // (32 * each), 1), 8)
+
+
+def _on_device(epsilons: Tensor, device: torch.device) -> Tensor:
+    """By filling in what is the same: a copy from the host would wait."""
+    out = torch.empty(epsilons.shape, dtype=epsilons.dtype, device=device)
+    start = 0
+    for value, count in zip(*(x.tolist() for x in torch.unique_consecutive(epsilons, return_counts=True))):
+        out[start : start + count].fill_(value)
+        start += count
+    return out
+
+
+def sinkhorn(job: P.SinkhornJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.sinkhorn` in Triton, one program a problem, whose iterations are always on
+    logarithms. Problems of more than 4096 columns stay with the plain version: one program is too few for
+    them."""
+    (count, n), m = job.a.shape, job.b.shape[1]
+    if count == 0 or n == 0:
+        return
+    if m > _SINKHORN_MOST_COLUMNS:
+        reference_sinkhorn(job, phases)
+        return
+    module, device = _kernels().sinkhorn, job.a.device
+    wide = job.a.dtype == torch.float64
+    tile, num_warps = sinkhorn_tile(n, m, wide)
+    epsilons = _on_device(job.epsilons, device)
+    sizes = (n, m, job.cost.stride(0), job.cost.stride(1), job.iterations)
+    number = functools.partial(torch.full, (), dtype=torch.float64, device=device)
+    with _on(job.a):
+        if phases & P.SOLVE:
+            history = job.phi_history is not None
+            module.solve[(count,)](
+                job.cost,
+                job.a,
+                job.b,
+                epsilons,
+                number(job.tolerance),
+                job.phi,
+                job.psi,
+                job.numbers,
+                job.phi_history if history else job.phi,
+                job.psi_history if history else job.psi,
+                job.phi.new_empty(count, 2, n),
+                *sizes,
+                TOLERANCE=job.tolerance > 0,
+                HISTORY=history,
+                SCALING=job.domain == P.SCALING,
+                ROOM=P.room(job.a.dtype),
+                F=module.tl.float64 if wide else module.tl.float32,
+                **tile,
+                **options(num_warps, registers=SINKHORN_REGISTERS),
+            )
+        if not phases & (P.UNROLLED | P.IMPLICIT):
+            return
+        plan = job.d_cost if job.d_plan is None else job.d_plan  # an address for what is not read
+        results = (job.d_cost, job.d_a, job.d_b)
+        if phases & P.UNROLLED:
+            module.unrolled[(count,)](
+                job.cost,
+                job.a,
+                job.b,
+                epsilons,
+                job.phi,
+                job.psi,
+                job.phi_history,
+                job.psi_history,
+                job.d_transport,
+                plan,
+                job.d_phi,
+                job.d_psi,
+                *results,
+                *sizes,
+                PLAN=job.d_plan is not None,
+                F=module.tl.float64 if wide else module.tl.float32,
+                **tile,
+                **options(num_warps, registers=SINKHORN_REGISTERS),
+            )
+        if phases & P.IMPLICIT:
+            tile, num_warps = sinkhorn_tile(n, m, True)
+            module.implicit[(count,)](
+                job.cost,
+                job.a,
+                job.b,
+                epsilons,
+                job.phi,
+                job.psi,
+                job.d_transport,
+                job.d_value,
+                plan,
+                *results,
+                job.a.new_empty(count, n, m, dtype=torch.float64),
+                job.a.new_empty(count, 2, n, dtype=torch.float64),
+                *sizes,
+                P.CG_STEPS,
+                number(P.CG_TOLERANCE),
+                PLAN=job.d_plan is not None,
+                **tile,
+                **options(num_warps, registers=SINKHORN_REGISTERS),
+            )
 
 
 def _power_of_two(least: int) -> int:

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from kd_kernels.triton_kernels import angle, gather, topk
+from kd_kernels.triton_kernels import angle, gather, sinkhorn, topk
 from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,7 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*CATALOGUE, "gather", "topk", "angle")
+KERNELS = (*CATALOGUE, "gather", "topk", "angle", "sinkhorn")
 SIZES = {"small": 1000, "large": 128256}
 IDS = (16, 64, 1024)  # what the kernels that take K ids are compiled for
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -110,6 +110,30 @@ def angle_source(gradients: tuple[bool, bool]) -> tuple[ASTSource, int]:
     return ASTSource(angle.angle, signature, constants, attributes), triton_runtime.ANGLE_WARPS
 
 
+def sinkhorn_source(phase: str, dtype: str, columns: int, everything: bool) -> tuple[ASTSource, int]:
+    """A Sinkhorn kernel for costs of ``dtype``; float32 states, float64 ones for float64."""
+    wide = dtype == "float64"
+    tile, num_warps = triton_runtime.sinkhorn_tile(columns, columns, wide or phase == "implicit")
+    constants = dict(tile)
+    if phase == "solve":
+        constants |= {"TOLERANCE": everything, "HISTORY": everything, "SCALING": everything, "ROOM": 87.0}
+    else:
+        constants["PLAN"] = everything
+    if phase != "implicit":
+        constants["F"] = kernels.tl.float64 if wide else kernels.tl.float32
+    kernel = getattr(sinkhorn, phase)
+    state = "*fp64" if wide else "*fp32"
+    kinds = {"cost": f"*{DTYPES[dtype]}", "cost_batch": "i32", "cost_row": "i32"}
+    kinds |= dict.fromkeys(("n", "m", "iterations", "steps"), "i32")
+    kinds |= dict.fromkeys(("epsilons", "tolerance", "numbers", "plan", "row_sums"), "*fp64")
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, state) for name in kernel.arg_names
+    }
+    divisible = [[i] for i, kind in enumerate(signature.values()) if kind[0] == "*"]
+    attributes = {tuple(index): [["tt.divisibility", 16]] for index in divisible}
+    return ASTSource(kernel, signature, constants, attributes), num_warps
+
+
 def _ast(kernel, constants: dict, dtype: str) -> ASTSource:
     logits, grad = f"*{DTYPES[dtype]}", f"*{'bf16' if dtype == 'float32' else DTYPES[dtype]}"
     signature = {}
@@ -160,6 +184,14 @@ def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
         for gradients in ((False, False), (True, False), (False, True), (True, True)):
             yield f"angle {gradients}", *angle_source(gradients)
         return
+    if kernel == "sinkhorn":
+        for dtype in ("float32", "bfloat16", "float64"):
+            for columns in (64, 1024):
+                yield f"solve {dtype} {columns}", *sinkhorn_source("solve", dtype, columns, False)
+                for phase in ("solve", "unrolled", "implicit"):
+                    label = f"{phase} {dtype} {columns} everything"
+                    yield label, *sinkhorn_source(phase, dtype, columns, True)
+        return
     for dtype in DTYPES:
         for size, vocab in SIZES.items():
             for everything in (False, True):
@@ -177,7 +209,8 @@ def compile_all(name: str, kernels: tuple[str, ...] = KERNELS) -> dict[str, dict
     target, table = TARGETS[name], {}
     for kernel in kernels:
         for label, ast, num_warps in sources(kernel):
-            options = triton_runtime.options(num_warps, target.backend == "hip")
+            registers = triton_runtime.SINKHORN_REGISTERS if kernel == "sinkhorn" else 128
+            options = triton_runtime.options(num_warps, target.backend == "hip", registers)
             table[label] = resources(triton.compile(ast, target=target, options=options), target)
     return table
 
