@@ -77,6 +77,7 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
     },
     "pairwise_l1": {
         "cpu": (native.pairwise_l1, _cpu_objections),
+        "triton": (triton_runtime.pairwise_l1, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_pairwise_l1, lambda device: []),
     },
@@ -91,6 +92,8 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
 VOCABULARY_MAJOR = frozenset({"cpu", "reference"})
 # Backends whose gather overwrites the logits at the ids: a driver gives it memory of its own.
 OVERWRITES = frozenset({"triton"})
+# Backends whose pairwise_l1 takes memory of its own that its driver must count: how many bytes.
+PAIRWISE_L1_SCRATCH = {"triton": triton_runtime.pairwise_l1_scratch}
 
 
 @functools.cache
