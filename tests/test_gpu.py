@@ -6,10 +6,16 @@ from cases import DTYPES, OBJECTIVES, OPTIONS, SHAPING, SOURCES, Batch, error, l
 from jobs import gather_job, ids_for, side, topk_job
 from plain import compare, copy, gradients, widened
 from test_gather_kernel import check as check_gather
+from test_pairwise_l1_kernel import check as check_pairs
+from test_pairwise_l1_kernel import model as pair_model
+from test_pairwise_l1_kernel import moved as pairs_moved
+from test_pairwise_l1_kernel import pair_job
 from test_topk_kernel import check as check_topk
 
 import kd_kernels as kd
-from kd_kernels import native_cuda
+from kd_kernels import native_cuda, triton_runtime
+from kd_kernels import rows as R
+from kd_kernels.backends import TABLE
 from kd_kernels.reference.dense import dense_distill
 
 pytestmark = [
@@ -321,6 +327,53 @@ def test_the_topk_kernel(dtype, layout, vocab):
         check_topk(topk_job(side(z, dtype, layout), vocab, 1024), "triton", device="cuda")
     softcapped = side(z, dtype, layout, softcap=5.0, scale=1.2)
     check_topk(topk_job(softcapped, vocab, 64, targets=3, draws=3), "triton", exact=False, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("layout", ["rows", "scattered rows"])
+@pytest.mark.parametrize("sizes", [(3,), (32, 7), (64, 1, 65), (16,) * 5], **IDS)
+def test_the_pairwise_l1_kernel(dtype, layout, sizes):
+    for softcap, grad in ((0.0, "elsewhere"), (5.0, "in place")):
+        models = (pair_model(sum(sizes), 4099, dtype, layout, grad, softcap=softcap) for _ in range(2))
+        check_pairs(pair_job(*models, sizes, 4099), "triton", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
+@pytest.mark.parametrize("vocab", [32000, 151936])
+@pytest.mark.parametrize("sizes", [(256,), (200, 3, 53)], **IDS)
+def test_the_pairwise_l1_kernel_at_real_vocabularies(dtype, vocab, sizes):
+    """Against the reference on the GPU in the same arithmetic: it holds ``[rows, 256, vocab]`` in parts."""
+    found = []
+    models = [pair_model(256, vocab, dtype) for _ in range(2)]
+    job = pair_job(*models, sizes, vocab)
+    for kernel in (triton_runtime.pairwise_l1, TABLE["pairwise_l1"]["reference"][0]):
+        there = pairs_moved(job, "cuda")
+        for phase in (R.TERMS, R.GRADIENT):
+            kernel(there, phase)
+        sums = [torch.nan_to_num(x) for x in (there.cost, there.signs)]  # NaN where nothing belongs
+        found.append([*sums, there.student.grad[:, :vocab], there.teacher.grad[:, :vocab]])
+    rounding = 1e-4 if dtype == torch.float32 else 5e-3
+    for ours, theirs, bar in zip(*found, (1e-5, 1e-5, rounding, rounding)):
+        assert error(ours, theirs) < bar
+
+
+def test_the_pairwise_l1_kernel_repeats_its_bits_and_never_waits():
+    job = pairs_moved(
+        pair_job(*(pair_model(130, 32000, torch.float32) for _ in range(2)), (130,), 32000), "cuda"
+    )
+    first = None
+    for _ in range(20):
+        job.cost.zero_(), job.signs.zero_()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("default" if first is None else "error")  # the first one compiles
+        try:
+            for phase in (R.TERMS, R.GRADIENT):
+                triton_runtime.pairwise_l1(job, phase)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results = [x.clone() for x in (job.cost, job.signs, job.student.grad, job.teacher.grad)]
+        first = first or results
+        assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(first, results))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)

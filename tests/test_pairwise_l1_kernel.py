@@ -271,7 +271,11 @@ def test_no_rows(name):
 # --- what Triton's has of its own -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limits", [(6, 2, 1 << 12), (1 << 20, 1 << 20, 1)], ids=["rounds", "one share"])
+@pytest.mark.parametrize(
+    "limits",
+    [(6, 2, 1 << 12), (6, 2, 1 << 16), (1 << 20, 1 << 20, 1)],
+    ids=["rounds", "many shares", "one share"],
+)
 def test_shares_of_the_vocabulary(limits, monkeypatch):
     """Several rounds of several shares, the last ones ragged; and one program for all of it."""
     for limit, value in zip(("_MOST_IN_A_SHARE", "_LEAST_IN_A_SHARE", "_PAIR_SUMS"), limits):

@@ -44,7 +44,7 @@ def pair_at(part, row, thread, column, SETS, OWN: tl.constexpr, OTHERS: tl.const
     return thread // ACROSS * OWN + row, (part * ACROSS + thread % ACROSS) * OTHERS + column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "tiles"])
 def probabilities(
     logits,
     offsets,
@@ -92,7 +92,7 @@ def probabilities(
         tl.store(out + row[:, None] * stride + columns[None, :], p, mask=written)
 
 
-@triton.jit(do_not_specialize=["begin", "share"])
+@triton.jit(do_not_specialize=["begin", "lines", "share", "tiles"])
 def pair_sums(
     student,  # probabilities, [lines, stride]
     teacher,
@@ -148,7 +148,7 @@ def pair_sums(
             tl.store(signs + into, 2.0 * above - mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares", "longest", "tiles"])
 def add_sums(
     sums,  # of all shares, from pair_sums
     total,  # [groups, longest, longest] float64
@@ -185,7 +185,7 @@ def add_sums(
     tl.store(into, tl.load(into, mask=present) + tl.sum(found, 0), mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["longest", "tiles"])
 def pair_weights(
     d_cost,  # [groups, longest, longest] float64, read with any two steps
     own_step,
@@ -223,7 +223,7 @@ def pair_weights(
     tl.store(at + (tl.num_programs(0) // tiles).to(tl.int64) * width, tl.sum(loud, 0).to(F), mask=i < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["longest", "groups", "tiles"])
 def pair_gradient(
     own,  # probabilities of the model whose gradient it is, and of the other one, [rows, stride]
     others,
