@@ -211,7 +211,8 @@ def pair_weights(
     for first in range(0, count, STEP):
         j = first + tl.arange(0, STEP)
         pair = (j < count)[:, None] & present[None, :]
-        at = d_cost + group * longest * longest + j[:, None] * other_step + i[None, :] * own_step
+        at = d_cost + group * longest * longest + j[:, None].to(tl.int64) * other_step
+        at += i[None, :].to(tl.int64) * own_step
         weight = tl.load(at, mask=pair, other=0.0).to(F)
         into = weights + (group * longest + j[:, None]) * width + i[None, :]
         tl.store(into, weight, mask=(j < count)[:, None] & (i < width)[None, :])
