@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_head  # noqa: E402
 import bench_rows  # noqa: E402
 import gpu_cuda  # noqa: E402
+import gpu_transport  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
 from harness import Timed, run_rounds  # noqa: E402
@@ -184,6 +185,10 @@ def main() -> int:
         summary["topk ms"] = topk_times() if clock.left > PER_CASE else "no time left"
     except Exception as error:
         left_out.append(f"topk: {type(error).__name__}: {error}".splitlines()[0][:300])
+    try:
+        summary["transport ms"] = gpu_transport.check() if clock.left > PER_CASE else "no time left"
+    except Exception as error:
+        left_out.append(f"transport: {type(error).__name__}: {error}".splitlines()[0][:300])
     try:
         summary["cuda"] = gpu_cuda.check(options.out, lambda: clock.left)
     except Exception as error:

@@ -13,7 +13,7 @@ from typing import Optional
 
 import torch
 
-from kd_kernels import native, native_cuda, triton_runtime
+from kd_kernels import native, native_cuda, triton_runtime, triton_transport
 from kd_kernels.reference.angle import angle as reference_angle
 from kd_kernels.reference.gather import gather as reference_gather
 from kd_kernels.reference.pairwise_l1 import pairwise_l1 as reference_pairwise_l1
@@ -77,12 +77,13 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
     },
     "pairwise_l1": {
         "cpu": (native.pairwise_l1, _cpu_objections),
+        "triton": (triton_transport.pairwise_l1, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_pairwise_l1, lambda device: []),
     },
     "sinkhorn": {
         "cpu": (native.sinkhorn, _cpu_objections),
-        "triton": (triton_runtime.sinkhorn, triton_runtime.why_not),
+        "triton": (triton_transport.sinkhorn, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_sinkhorn, lambda device: []),
     },
@@ -92,6 +93,8 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
 VOCABULARY_MAJOR = frozenset({"cpu", "reference"})
 # Backends whose gather overwrites the logits at the ids: a driver gives it memory of its own.
 OVERWRITES = frozenset({"triton"})
+# Backends whose pairwise_l1 takes memory of its own that its driver must count: how many bytes.
+PAIRWISE_L1_SCRATCH = {"triton": triton_transport.pairwise_l1_scratch}
 
 
 @functools.cache

@@ -11,11 +11,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kd_kernels import problems as P
-from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
 from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, AngleJob, GatherJob, RowJob, Rows, TopkJob
 
-_ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
+ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
 
 
 class Configuration(NamedTuple):
@@ -68,13 +66,20 @@ def interpreted() -> bool:
 def _load() -> tuple[Optional[ModuleType], Optional[str]]:
     try:
         from kd_kernels import triton_kernels
-        from kd_kernels.triton_kernels import angle, gather, row_divergence, sinkhorn, topk  # noqa: F401
+        from kd_kernels.triton_kernels import (  # noqa: F401
+            angle,
+            gather,
+            pairwise_l1,
+            row_divergence,
+            sinkhorn,
+            topk,
+        )
     except ImportError as error:
         return None, f"Triton cannot be loaded ({error}); `pip install triton`"
     return triton_kernels, None
 
 
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
     package = _load()[0]
     assert package is not None
     return package
@@ -96,13 +101,13 @@ def why_not(device: torch.device) -> list[str]:
     return []
 
 
-def _split(value: float) -> tuple[float, float]:
+def split(value: float) -> tuple[float, float]:
     """``value`` as two numbers that survive as float32, the type in which Triton passes floats."""
     high = torch.tensor(value, dtype=torch.float32).item()
     return high, value - high if abs(value) < float("inf") else 0.0
 
 
-def _side(rows: Rows) -> tuple:
+def side_arguments(rows: Rows) -> tuple:
     grad, grad_offsets = (rows.logits, rows.offsets) if rows.grad is None else (rows.grad, rows.grad_offsets)
     return (
         rows.logits,
@@ -110,22 +115,22 @@ def _side(rows: Rows) -> tuple:
         rows.temperature,
         grad,
         grad_offsets,
-        *_split(rows.scale),
-        *_split(rows.softcap),
+        *split(rows.scale),
+        *split(rows.softcap),
     )
 
 
-def _aligned(*sides: Rows) -> bool:
+def aligned(*sides: Rows) -> bool:
     multiples = [side.multiple for side in sides]
     multiples += [side.grad_multiple for side in sides if side.grad is not None]
-    return all(multiple % _ALIGNMENT == 0 for multiple in multiples)
+    return all(multiple % ALIGNMENT == 0 for multiple in multiples)
 
 
 def row_divergence(job: RowJob, phases: int) -> None:
     """:func:`kd_kernels.reference.row_divergence` in Triton, one program a row; row-major only."""
     if job.n == 0:
         return
-    module = _kernels().row_divergence
+    module = kernels().row_divergence
     objectives = module.objectives
     wide = torch.float64 in (job.student.logits.dtype, job.teacher.logits.dtype)
     block, num_warps = configuration(job.vocab, wide)
@@ -136,10 +141,10 @@ def row_divergence(job: RowJob, phases: int) -> None:
     student_sum = job.objective not in objectives.STUDENT_SUMS_TO_ZERO and (student_grad or later)
     teacher_sum = job.objective not in objectives.TEACHER_SUMS_TO_ZERO and (teacher_grad or later)
     fused = bool(phases & TERMS) and not student_sum and not teacher_sum
-    with _on(job.statistics):
+    with on(job.statistics):
         module.row_divergence[(job.n,)](
-            *_side(job.student),
-            *_side(job.teacher),
+            *side_arguments(job.student),
+            *side_arguments(job.teacher),
             job.parameter0,
             job.parameter1,
             job.statistics if job.labels is None else job.labels,
@@ -163,7 +168,7 @@ def row_divergence(job: RowJob, phases: int) -> None:
             STUDENT_SUM=student_sum,
             TEACHER_SUM=teacher_sum,
             FUSED=fused,
-            ALIGNMENT=_ALIGNMENT if _aligned(job.student, job.teacher) else 1,
+            ALIGNMENT=ALIGNMENT if aligned(job.student, job.teacher) else 1,
             **row_tile(block, wide),
             F=module.tl.float64 if wide else module.tl.float32,
             **options(num_warps),
@@ -177,13 +182,13 @@ def gather(job: GatherJob, phases: int) -> None:
     """
     if job.n == 0:
         return
-    module = _kernels().gather
+    module = kernels().gather
     wide = job.side.logits.dtype == torch.float64
     block, num_warps = configuration(job.vocab, wide)
     unused = job.statistics  # an address for what no phase of this call reads
-    with _on(job.statistics):
+    with on(job.statistics):
         module.gather[(job.n,)](
-            *_side(job.side),
+            *side_arguments(job.side),
             job.ids,
             job.gathered,
             job.statistics,
@@ -199,8 +204,8 @@ def gather(job: GatherJob, phases: int) -> None:
             MEANS=job.means,
             SLOPE=job.slope is not None,
             CAPPED=job.side.softcap != 0,
-            ALIGNMENT=_ALIGNMENT if _aligned(job.side) else 1,
-            KP=_power_of_two(job.ids.shape[1]),
+            ALIGNMENT=ALIGNMENT if aligned(job.side) else 1,
+            KP=power_of_two(job.ids.shape[1]),
             BLOCK=block,
             F=module.tl.float64 if wide else module.tl.float32,
             **options(num_warps),
@@ -215,8 +220,8 @@ def topk_configuration(vocab: int, k: int, temperatures: int, wide: bool) -> tup
     """How the topk kernel walks a row, and how many candidates its buffer holds."""
     block, num_warps = configuration(vocab, wide)
     # Each temperature has sums of its own: with fewer lanes they take the same registers.
-    block = max(block // _power_of_two(temperatures), 16)
-    kept = _power_of_two(k)
+    block = max(block // power_of_two(temperatures), 16)
+    kept = power_of_two(k)
     if kept == block:  # a block must leave room beside what is kept, or every newcomer makes a cut
         block //= 2
     capacity = 2 * max(block, kept)
@@ -229,15 +234,15 @@ def topk_constants(
     vocab: int, k: int, temperatures: int, targets: int, draws: int, wide: bool
 ) -> tuple[dict, int]:
     """What a launch of the topk kernel is compiled for, but for its logits; and the number of warps."""
-    language = _kernels().topk.tl
+    language = kernels().topk.tl
     (block, num_warps), capacity = topk_configuration(vocab, k, temperatures, wide)
     constants = {
         "KEEP": k > 0,
         "RANKED": targets > 0,
         "DRAWS": draws > 0,
-        "P": min(_power_of_two(k), max(block // 4, 64)),
-        "MP": _power_of_two(temperatures),
-        "RP": min(_power_of_two(targets), _TARGETS_AT_A_TIME),
+        "P": min(power_of_two(k), max(block // 4, 64)),
+        "MP": power_of_two(temperatures),
+        "RP": min(power_of_two(targets), _TARGETS_AT_A_TIME),
         "CAPACITY": capacity,
         "BLOCK": block,
         "F": language.float64 if wide else language.float32,
@@ -258,7 +263,7 @@ def topk(job: TopkJob) -> None:
         )
     if job.n == 0:
         return
-    module = _kernels().topk
+    module = kernels().topk
     wide = job.side.logits.dtype == torch.float64
     k, draws, targets = job.ids.shape[1], job.uniforms.shape[1], job.targets.shape[1]
     temperatures = job.temperatures.numel()
@@ -267,12 +272,12 @@ def topk(job: TopkJob) -> None:
     scratch = functools.partial(torch.empty, device=job.statistics.device)
     candidates = scratch(job.n, constants["CAPACITY"] if k else 0, dtype=torch.int32)
     masses = scratch(job.n, 2, blocks if draws else 0, dtype=torch.float64)
-    with _on(job.statistics):
+    with on(job.statistics):
         module.topk[(job.n,)](
             job.side.logits,
             job.side.offsets,
-            *_split(job.side.scale),
-            *_split(job.side.softcap),
+            *split(job.side.scale),
+            *split(job.side.softcap),
             job.temperatures,
             job.ids,
             job.values,
@@ -290,7 +295,7 @@ def topk(job: TopkJob) -> None:
             draws,
             job.vocab,
             CAPPED=job.side.softcap != 0,
-            ALIGNMENT=_ALIGNMENT if job.side.multiple % _ALIGNMENT == 0 else 1,
+            ALIGNMENT=ALIGNMENT if job.side.multiple % ALIGNMENT == 0 else 1,
             **constants,
             **options(num_warps),
         )
@@ -306,8 +311,8 @@ def angle(job: AngleJob) -> None:
         return
     tiles = -(-job.n // ANGLE_TILES["TILE"])
     partial = job.sums.new_empty(job.n, tiles)
-    with _on(job.sums):
-        _kernels().angle.angle[(job.n, tiles)](
+    with on(job.sums):
+        kernels().angle.angle[(job.n, tiles)](
             job.student,
             job.student_inverse,
             job.teacher,
@@ -326,122 +331,11 @@ def angle(job: AngleJob) -> None:
     torch.sum(partial, 1, out=job.sums)
 
 
-_SINKHORN_MOST_COLUMNS = 4096  # a tile holds whole rows
-SINKHORN_REGISTERS = 255  # a problem has a multiprocessor for itself
-
-
-def sinkhorn_tile(rows: int, columns: int, wide: bool) -> tuple[dict[str, int], int]:
-    """The tile of the Sinkhorn kernels, and the warps that share it: eight numbers a thread, in float64
-    four, and more where a row has more."""
-    width, each = max(_power_of_two(columns), 16), 4 if wide else 8
-    height = min(max(256 * each // width, 1), _power_of_two(rows))
-    return {"ROWS": height, "COLUMNS": width}, min(max(height * width // (32 * each), 1), 8)
-
-
-def _on_device(epsilons: Tensor, device: torch.device) -> Tensor:
-    """By filling in what is the same: a copy from the host would wait."""
-    out = torch.empty(epsilons.shape, dtype=epsilons.dtype, device=device)
-    start = 0
-    for value, count in zip(*(x.tolist() for x in torch.unique_consecutive(epsilons, return_counts=True))):
-        out[start : start + count].fill_(value)
-        start += count
-    return out
-
-
-def sinkhorn(job: P.SinkhornJob, phases: int) -> None:
-    """:func:`kd_kernels.reference.sinkhorn` in Triton, one program a problem, whose iterations are always on
-    logarithms. Problems of more than 4096 columns stay with the plain version: one program is too few for
-    them."""
-    (count, n), m = job.a.shape, job.b.shape[1]
-    if count == 0 or n == 0:
-        return
-    if m > _SINKHORN_MOST_COLUMNS:
-        reference_sinkhorn(job, phases)
-        return
-    module, device = _kernels().sinkhorn, job.a.device
-    wide = job.a.dtype == torch.float64
-    tile, num_warps = sinkhorn_tile(n, m, wide)
-    epsilons = _on_device(job.epsilons, device)
-    sizes = (n, m, job.cost.stride(0), job.cost.stride(1), job.iterations)
-    number = functools.partial(torch.full, (), dtype=torch.float64, device=device)
-    with _on(job.a):
-        if phases & P.SOLVE:
-            history = job.phi_history is not None
-            module.solve[(count,)](
-                job.cost,
-                job.a,
-                job.b,
-                epsilons,
-                number(job.tolerance),
-                job.phi,
-                job.psi,
-                job.numbers,
-                job.phi_history if history else job.phi,
-                job.psi_history if history else job.psi,
-                job.phi.new_empty(count, 2, n),
-                *sizes,
-                TOLERANCE=job.tolerance > 0,
-                HISTORY=history,
-                SCALING=job.domain == P.SCALING,
-                ROOM=P.room(job.a.dtype),
-                F=module.tl.float64 if wide else module.tl.float32,
-                **tile,
-                **options(num_warps, registers=SINKHORN_REGISTERS),
-            )
-        if not phases & (P.UNROLLED | P.IMPLICIT):
-            return
-        plan = job.d_cost if job.d_plan is None else job.d_plan  # an address for what is not read
-        results = (job.d_cost, job.d_a, job.d_b)
-        if phases & P.UNROLLED:
-            module.unrolled[(count,)](
-                job.cost,
-                job.a,
-                job.b,
-                epsilons,
-                job.phi,
-                job.psi,
-                job.phi_history,
-                job.psi_history,
-                job.d_transport,
-                plan,
-                job.d_phi,
-                job.d_psi,
-                *results,
-                *sizes,
-                PLAN=job.d_plan is not None,
-                F=module.tl.float64 if wide else module.tl.float32,
-                **tile,
-                **options(num_warps, registers=SINKHORN_REGISTERS),
-            )
-        if phases & P.IMPLICIT:
-            tile, num_warps = sinkhorn_tile(n, m, True)
-            module.implicit[(count,)](
-                job.cost,
-                job.a,
-                job.b,
-                epsilons,
-                job.phi,
-                job.psi,
-                job.d_transport,
-                job.d_value,
-                plan,
-                *results,
-                job.a.new_empty(count, n, m, dtype=torch.float64),
-                job.a.new_empty(count, 2, n, dtype=torch.float64),
-                *sizes,
-                P.CG_STEPS,
-                number(P.CG_TOLERANCE),
-                PLAN=job.d_plan is not None,
-                **tile,
-                **options(num_warps, registers=SINKHORN_REGISTERS),
-            )
-
-
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
     """The smallest power of two that is not below ``least``: one compilation serves all numbers between."""
     return 1 << max(least - 1, 0).bit_length()
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever device the tensors are on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

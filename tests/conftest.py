@@ -42,7 +42,14 @@ def _patch_each_module_once():
     """Triton's interpreter patches its whole language again at every call of a device function, which takes
     most of its time. While a kernel runs, once for each module is enough."""
     # now, as some tests change the variable
-    from kd_kernels.triton_kernels import angle, gather, row_divergence, sinkhorn, topk  # noqa: F401
+    from kd_kernels.triton_kernels import (  # noqa: F401
+        angle,
+        gather,
+        pairwise_l1,
+        row_divergence,
+        sinkhorn,
+        topk,
+    )
     from triton.runtime import interpreter
 
     patch = getattr(interpreter, "_patch_lang", None)

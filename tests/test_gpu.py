@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from cases import DTYPES, OBJECTIVES, OPTIONS, SHAPING, SOURCES, Batch, error, leaves
+from cases import DTYPES, FLOOR, OBJECTIVES, OPTIONS, SHAPING, SOURCES, Batch, error, leaves
 from jobs import gather_job, ids_for, side, topk_job
 from plain import compare, copy, gradients, widened
 from test_gather_kernel import check as check_gather
+from test_pairwise_l1_kernel import check as check_pairs
+from test_pairwise_l1_kernel import model as pair_model
+from test_pairwise_l1_kernel import moved as pairs_moved
+from test_pairwise_l1_kernel import pair_job
 from test_topk_kernel import check as check_topk
 
 import kd_kernels as kd
-from kd_kernels import native_cuda
+from kd_kernels import native_cuda, triton_transport
+from kd_kernels import rows as R
+from kd_kernels.backends import TABLE
 from kd_kernels.reference.dense import dense_distill
 
 pytestmark = [
@@ -323,6 +329,53 @@ def test_the_topk_kernel(dtype, layout, vocab):
     check_topk(topk_job(softcapped, vocab, 64, targets=3, draws=3), "triton", exact=False, device="cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("layout", ["rows", "scattered rows"])
+@pytest.mark.parametrize("sizes", [(3,), (32, 7), (64, 1, 65), (16,) * 5], **IDS)
+def test_the_pairwise_l1_kernel(dtype, layout, sizes):
+    for softcap, grad in ((0.0, "elsewhere"), (5.0, "in place")):
+        models = (pair_model(sum(sizes), 4099, dtype, layout, grad, softcap=softcap) for _ in range(2))
+        check_pairs(pair_job(*models, sizes, 4099), "triton", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
+@pytest.mark.parametrize("vocab", [32000, 151936])
+@pytest.mark.parametrize("sizes", [(256,), (200, 3, 53)], **IDS)
+def test_the_pairwise_l1_kernel_at_real_vocabularies(dtype, vocab, sizes):
+    """Against the reference on the GPU in the same arithmetic: it holds ``[rows, 256, vocab]`` in parts."""
+    found = []
+    models = [pair_model(256, vocab, dtype) for _ in range(2)]
+    job = pair_job(*models, sizes, vocab)
+    for kernel in (triton_transport.pairwise_l1, TABLE["pairwise_l1"]["reference"][0]):
+        there = pairs_moved(job, "cuda")
+        for phase in (R.TERMS, R.GRADIENT):
+            kernel(there, phase)
+        sums = [torch.nan_to_num(x) for x in (there.cost, there.signs)]  # NaN where nothing belongs
+        found.append([*sums, there.student.grad[:, :vocab], there.teacher.grad[:, :vocab]])
+    rounding = 1e-4 if dtype == torch.float32 else 5e-3
+    for ours, theirs, bar in zip(*found, (1e-5, 1e-5, rounding, rounding)):
+        assert error(ours, theirs) < bar
+
+
+def test_the_pairwise_l1_kernel_repeats_its_bits_and_never_waits():
+    job = pairs_moved(
+        pair_job(*(pair_model(130, 32000, torch.float32) for _ in range(2)), (130,), 32000), "cuda"
+    )
+    first = None
+    for _ in range(20):
+        job.cost.zero_(), job.signs.zero_()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("default" if first is None else "error")  # the first one compiles
+        try:
+            for phase in (R.TERMS, R.GRADIENT):
+                triton_transport.pairwise_l1(job, phase)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results = [x.clone() for x in (job.cost, job.signs, job.student.grad, job.teacher.grad)]
+        first = first or results
+        assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(first, results))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
 @pytest.mark.parametrize("objective", [kd.ForwardKL(), kd.ReverseKL(), kd.JensenShannon()], **IDS)
 def test_a_cached_teacher(dtype, objective):
@@ -337,6 +390,84 @@ def test_a_cached_teacher(dtype, objective):
     (ids, ours), (want_ids, want) = results
     assert (ids == want_ids).float().mean() > 0.99  # GEMMs may round near ties differently
     assert all(error(x, y) < 2e-2 for x, y in zip(ours, want))
+
+
+# --- transport ------------------------------------------------------------------------------------------
+
+
+def problems(count: int, n: int, m: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Costs with a forbidden pair, marginals with absent rows and columns."""
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    cost = torch.rand(count, n, m, device="cuda", dtype=torch.float64)
+    cost[0, 1, 2] = float("inf")
+    a, b = (torch.rand(count, size, device="cuda", dtype=torch.float64) + 0.1 for size in (n, m))
+    a[:, n // 2], b[-1, m // 3] = 0.0, 0.0
+    a, b = (x / x.sum(1, keepdim=True) for x in (a, b))
+    return [x.to(kind).requires_grad_() for x, kind in zip((cost, a, b), (dtype, state, state))]
+
+
+def transported(leaves: list[torch.Tensor], **options) -> list[torch.Tensor]:
+    found = kd.sinkhorn(*leaves, return_plan=True, **options)
+    slopes = torch.linspace(-1, 1, leaves[0].shape[-1], device="cuda")
+    loss = found.transport_cost.sum() + 0.3 * found.value.sum() + (found.plan * slopes).sum()
+    gradients = list(torch.autograd.grad(loss, leaves))
+    for i in (1, 2):  # up to a constant that one marginal gains and the other loses
+        gradients[i] = torch.where(leaves[i] == 0, 0.0, gradients[i] - gradients[i].mean(1, keepdim=True))
+    numbers = (found.transport_cost, found.value, found.product_gap, found.plan)
+    return [*(x.detach() for x in numbers), *gradients]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("shape", [(3, 17, 40), (5, 256, 256), (2, 40, 1500), (1, 700, 33)], **IDS)
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit"])
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+def test_the_sinkhorn_kernels(dtype, shape, gradient, epsilon):
+    leaves = problems(*shape, dtype)
+    options = {"epsilon": epsilon, "gradient": gradient, "iterations": 15}
+    ours = transported(leaves, backend="triton", **options)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = transported(wide, backend="reference", **options)
+    single = transported(leaves, backend="reference", **options)
+    bar = 1e-8 if dtype == torch.float64 else 2e-5
+    for i, (got, want, plain) in enumerate(zip(ours, exact, single)):
+        allowed = max(bar, FLOOR[dtype]) if i >= 4 else bar
+        assert error(got, want) <= 3 * error(plain, want) + allowed, i
+
+
+@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
+def test_sinkhorn_to_a_tolerance_on_the_device(order):
+    leaves = problems(6, 90, 70, torch.float32)
+    options = {"epsilon": 0.05, "tolerance": 1e-4, "order": order, "epsilon_schedule": [0.5, 0.2]}
+    kd.sinkhorn(*leaves, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = kd.sinkhorn(*leaves, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = kd.sinkhorn(*(x.detach().double() for x in leaves), backend="reference", **options)
+    assert (found.iterations - want.iterations).abs().max() <= 1
+    assert 3 < found.iterations.min() and found.iterations.max() < 1000
+    assert error(found.transport_cost.detach(), want.transport_cost) < 1e-3
+    again = kd.sinkhorn(*leaves, **options)
+    assert torch.equal(found.f, again.f) and torch.equal(found.g, again.g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
+@pytest.mark.parametrize("kind", ["head", "logits"])
+@pytest.mark.parametrize("tolerance", [None, 1e-6])
+def test_sinkhorn_batch(dtype, kind, tolerance):
+    """SinKD from heads and from logits: the reference backend in float64 is the measure."""
+    batch = GpuBatch(lead=(4, 24), vocab=5000, student_width=64, teacher_width=96)
+    objective = kd.SinkhornBatch(iterations=20 if tolerance is None else 2000, tolerance=tolerance)
+    groups = torch.arange(4, device="cuda")[:, None].expand(4, 24)
+    found = []
+    for backend, kinds in (("triton", dtype), ("reference", torch.float64), ("reference", dtype)):
+        student, teacher = (batch.source(side, kind, dtype) for side in ("student", "teacher"))
+        sources = [widened(x, kinds) if kinds != dtype else copy(x) for x in (student, teacher)]
+        loss = kd.distill(*sources, objective, temperature=2.0, groups=groups, backend=backend)
+        found.append([loss.detach(), *gradients(loss, sources[:1])])
+    for got, want, plain in zip(*found):
+        assert error(got, want) <= 2 * error(plain, want) + (1e-4 if dtype == torch.float32 else 2e-2)
 
 
 # --- the CUDA kernels beside Triton's ---------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_the_buffer_of_candidates_always_has_room():
         for vocab in (100, 151936):
             for temperatures in (1, 3, 20):
                 (block, _), capacity = runtime.topk_configuration(vocab, k, temperatures, wide=False)
-                assert capacity >= runtime._power_of_two(k) + 1.5 * block
+                assert capacity >= runtime.power_of_two(k) + 1.5 * block
                 assert capacity & (capacity - 1) == 0
 
 

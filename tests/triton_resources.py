@@ -19,12 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from kd_kernels.triton_kernels import angle, gather, sinkhorn, topk
+from kd_kernels.triton_kernels import angle, gather, pairwise_l1, sinkhorn, topk
 from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kd_kernels import triton_runtime
+from kd_kernels import triton_runtime, triton_transport
 from kd_kernels.objectives import CATALOGUE
 
 TARGETS = {
@@ -33,10 +33,18 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*CATALOGUE, "gather", "topk", "angle", "sinkhorn")
+KERNELS = (*CATALOGUE, "gather", "topk", "angle", "pairwise_l1", "sinkhorn")
 SIZES = {"small": 1000, "large": 128256}
 IDS = (16, 64, 1024)  # what the kernels that take K ids are compiled for
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+# Integers that are no pointers; and those that a launch usually finds divisible by 16.
+COUNTS = (
+    *("vocab", "k", "draws", "stride", "width", "lines", "begin", "share", "shares", "longest", "tiles"),
+    *("groups", "own_step", "other_step"),
+)
+MULTIPLES_OF_16 = ("vocab", "stride", "width")
+# Pointers to numbers in the type of the arithmetic.
+SCRATCH = ("own", "others", "weights", "balance", "gradient", "out", "sums", "cost", "signs")
 TABLE = Path(__file__).with_suffix(".json")
 
 
@@ -113,7 +121,7 @@ def angle_source(gradients: tuple[bool, bool]) -> tuple[ASTSource, int]:
 def sinkhorn_source(phase: str, dtype: str, columns: int, everything: bool) -> tuple[ASTSource, int]:
     """A Sinkhorn kernel for costs of ``dtype``; float32 states, float64 ones for float64."""
     wide = dtype == "float64"
-    tile, num_warps = triton_runtime.sinkhorn_tile(columns, columns, wide or phase == "implicit")
+    tile, num_warps = triton_transport.sinkhorn_tile(columns, columns, wide or phase == "implicit")
     constants = dict(tile)
     if phase == "solve":
         constants |= {"TOLERANCE": everything, "HISTORY": everything, "SCALING": everything, "ROOM": 87.0}
@@ -134,27 +142,67 @@ def sinkhorn_source(phase: str, dtype: str, columns: int, everything: bool) -> t
     return ASTSource(kernel, signature, constants, attributes), num_warps
 
 
+def pairwise_sources(dtype: str, everything: bool) -> Iterator[tuple[str, ASTSource, int]]:
+    """Its kernels for the distances alone, or ``everything``: signs and softcaps."""
+    wide = dtype == "float64"
+    number = kernels.tl.float64 if wide else kernels.tl.float32
+    rows = {"CAPPED": everything, "ALIGNMENT": 8, "F": number}
+    granule = {"GRANULE": triton_transport.PAIR_GRANULE}
+    warps = triton_transport.PAIR_WARPS
+    for transposed in (True, False):
+        constants = {"TRANSPOSED": transposed, **rows, **granule}
+        constants |= triton_transport.pair_probability_tiles(wide)
+        layout = "transposed" if transposed else "rows"
+        yield f"probabilities {layout}", _ast(pairwise_l1.probabilities, constants, dtype), warps
+    for vocab in SIZES.values():
+        block, num_warps = triton_runtime.configuration(vocab, wide)
+        constants = {**rows, "BLOCK": block}
+        yield f"logit_gradient {block}", _ast(pairwise_l1.logit_gradient, constants, dtype), num_warps
+    if dtype not in ("float32", "float64"):  # the others see no logits
+        return
+    if everything:
+        for longest in (16, 256):
+            tiles = triton_transport.gradient_tiles(longest, wide)
+            constants = {"F": number, **tiles._asdict()}
+            yield f"pair_gradient {tiles.rows}", _ast(pairwise_l1.pair_gradient, constants, dtype), warps
+        constants = {"F": number, **triton_transport.PAIR_WEIGHTS}
+        yield "pair_weights", _ast(pairwise_l1.pair_weights, constants, dtype), warps
+    for longest in (32,) if wide else (32, 256):
+        tiles = triton_transport.pair_tiles(longest, wide)
+        constants = {"SIGNS": everything, "UNROLL": triton_transport.PAIR_UNROLL, "F": number}
+        constants |= granule | tiles._asdict()
+        ast = _ast(pairwise_l1.pair_sums, constants, dtype)
+        yield f"pair_sums {tiles.TILE}", ast, tiles.THREADS // 32
+        if everything:
+            constants = tiles._asdict() | triton_transport.PAIR_ADDITION
+            yield f"add_sums {tiles.TILE}", _ast(pairwise_l1.add_sums, constants, dtype), warps
+
+
 def _ast(kernel, constants: dict, dtype: str) -> ASTSource:
     logits, grad = f"*{DTYPES[dtype]}", f"*{'bf16' if dtype == 'float32' else DTYPES[dtype]}"
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name in SCRATCH:
+            signature[name] = "*fp64" if dtype == "float64" else "*fp32"
         elif name in ("student", "teacher", "logits"):
             signature[name] = logits
         elif name in ("student_grad", "teacher_grad", "grad"):
             signature[name] = grad
-        elif name.endswith("offsets") or name in ("labels", "targets"):
+        elif name.endswith("offsets") or name in ("labels", "targets", "starts"):
             signature[name] = "*i64"
         elif name in ("ids", "samples", "candidates", "target_ranks"):
             signature[name] = "*i32"
         elif re.search("scale|softcap", name):
             signature[name] = "fp32"
-        elif name in ("vocab", "k", "draws") or name.endswith("_count"):
+        elif name in COUNTS or name.endswith("_count"):
             signature[name] = "i32"
         else:
             signature[name] = "*fp64"
-    divisible = [[i] for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "vocab"]
+    divisible = [
+        [i] for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in MULTIPLES_OF_16
+    ]
     attributes = {tuple(index): [["tt.divisibility", 16]] for index in divisible}
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -192,6 +240,13 @@ def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
                     label = f"{phase} {dtype} {columns} everything"
                     yield label, *sinkhorn_source(phase, dtype, columns, True)
         return
+    if kernel == "pairwise_l1":
+        for dtype in DTYPES:
+            for everything in (False, True):
+                for label, *launch in pairwise_sources(dtype, everything):
+                    what = "everything" if everything else "step"
+                    yield f"pairwise_l1 {label} {dtype} {what}", *launch
+        return
     for dtype in DTYPES:
         for size, vocab in SIZES.items():
             for everything in (False, True):
@@ -209,7 +264,7 @@ def compile_all(name: str, kernels: tuple[str, ...] = KERNELS) -> dict[str, dict
     target, table = TARGETS[name], {}
     for kernel in kernels:
         for label, ast, num_warps in sources(kernel):
-            registers = triton_runtime.SINKHORN_REGISTERS if kernel == "sinkhorn" else 128
+            registers = triton_transport.SINKHORN_REGISTERS if kernel == "sinkhorn" else 128
             options = triton_runtime.options(num_warps, target.backend == "hip", registers)
             table[label] = resources(triton.compile(ast, target=target, options=options), target)
     return table

@@ -1,9 +1,9 @@
 """The Sinkhorn kernels: one program solves one problem, and goes back from its plan.
 
-``csrc/sinkhorn.h`` states the contract. A walk takes whole rows, some at a time, in a tile ``[ROWS, COLUMNS]``;
-what belongs to a column stays in registers from walk to walk. Iterations are on logarithms whatever the domain:
-once a row is right, no entry of the plan exceeds its mass, so one exponential serves both half-steps and an
-iteration is one walk.
+``csrc/sinkhorn.h`` states the contract. A walk takes whole rows, some at a time, in a tile
+``[ROWS, COLUMNS]``; what belongs to a column stays in registers from walk to walk. Iterations are on
+logarithms whatever the domain: once a row is right, no entry of the plan exceeds its mass, so one exponential
+serves both half-steps and an iteration is one walk.
 
 Partial sums of the columns keep the tile's shape until a walk ends.
 """

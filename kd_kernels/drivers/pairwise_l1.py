@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
-from kd_kernels.backends import pick
+from kd_kernels.backends import PAIRWISE_L1_SCRATCH, pick
 from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, default_workspace, power_of_two
 from kd_kernels.drivers.gathered import new_job
 from kd_kernels.drivers.sides import LogitsSide, Model, accumulate_dtype
@@ -179,12 +179,14 @@ class _Walk:
         self.problem, self.n, self.vocab = problem, problem.n, problem.vocab
         self.device = problem.student.values.device
         name, self.kernel = pick("pairwise_l1", self.device, problem.backend)
+        self.scratch = PAIRWISE_L1_SCRATCH.get(name)
         self.gather = pick("gather", self.device, name)[1]
         models = [problem.student, problem.teacher]
         if not gradients:
             models = [replace(model, needs=(False, False, False)) for model in models]
         self.temperatures = [problem.walked(model.temperature) for model in models]
         self.sides = [_side(model, problem) for model in models]
+        self.phase = R.GRADIENT if gradients else R.TERMS
         self.width, self.bytes = self._cut()
 
     def job(self, **results: Optional[Tensor]) -> R.PairwiseL1Job:
@@ -194,10 +196,13 @@ class _Walk:
         return R.PairwiseL1Job(self.n, 0, rows, rows, self.problem.starts(), nothing, nothing, **results)
 
     def _cut(self) -> tuple[int, int]:
-        """(entries per slab, bytes of workspace that they take)."""
+        """(entries per slab, bytes of workspace that its logits and gradients take)."""
+
+        def logits_room(width: int) -> int:
+            return sum(side.room(width) for side in self.sides)
 
         def room(width: int) -> int:
-            return sum(side.room(width) for side in self.sides)
+            return logits_room(width) + self._scratch(width)
 
         if self.n == 0 or room(1) == 0:
             return self.vocab, 0
@@ -213,7 +218,14 @@ class _Walk:
             )
         even = -(-self.vocab // -(-self.vocab // most))
         width = min(-(-even // _GRANULE) * _GRANULE, most)
-        return width, room(width)
+        return width, logits_room(width)
+
+    def _scratch(self, width: int) -> int:
+        """Bytes that the kernel takes for a slab, beside the workspace."""
+        if self.scratch is None:
+            return 0
+        wide = any(side.logits_dtype == torch.float64 for side in self.sides)
+        return self.scratch(self.n, *self.problem.members.shape, width, wide, self.phase)
 
     def slabs(self) -> Iterator[_Slab]:
         with borrow(self.bytes, self.device) as workspace:
@@ -346,6 +358,7 @@ class _LogitsSlabs:
 
     def __init__(self, model: Model, problem: PairwiseProblem) -> None:
         self.side = LogitsSide(model, problem.vocab, problem.rows)
+        self.logits_dtype = model.values.dtype
         self.n = problem.n
         heads = [other for other in (problem.student, problem.teacher) if other.is_head]
         self.shares_factor = any(any(other.needs) for other in heads)
