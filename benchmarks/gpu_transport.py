@@ -11,7 +11,7 @@ import kd_kernels as kd
 
 SINKHORN = ((64, 256, 20), (8, 1024, 50))  # problems, size, iterations
 SINKD = ((64, 32000), (256, 151936))  # rows, vocabulary
-# Least instructions per pair of entries: subtract and add the absolute value; the gradient of one side: compare,
+# Least instructions per pair of entries: subtract and add the absolute value; a gradient: compare,
 # select, add. At 128 lanes a multiprocessor and clock.
 FORWARD, BACKWARD = 2, 3
 
