@@ -71,6 +71,7 @@ def _load() -> tuple[Optional[ModuleType], Optional[str]]:
             gather,
             pairwise_l1,
             row_divergence,
+            scale,
             sinkhorn,
             topk,
         )
@@ -298,6 +299,27 @@ def topk(job: TopkJob) -> None:
             ALIGNMENT=ALIGNMENT if job.side.multiple % ALIGNMENT == 0 else 1,
             **constants,
             **options(num_warps),
+        )
+
+
+SCALE_BLOCK, SCALE_WARPS = 2048, 8
+
+
+def scale(source: Tensor, factor: Tensor, out: Tensor) -> None:
+    """``out = source * factor`` (0-d); both contiguous, of one shape."""
+    if source.numel() == 0:
+        return
+    module = kernels().scale
+    wide = torch.float64 in (source.dtype, out.dtype)
+    with on(out):
+        module.scale[(-(-source.numel() // SCALE_BLOCK),)](
+            source,
+            factor,
+            out,
+            source.numel(),
+            BLOCK=SCALE_BLOCK,
+            F=module.tl.float64 if wide else module.tl.float32,
+            **options(SCALE_WARPS),
         )
 
 

@@ -24,6 +24,7 @@ ENTRIES = {
     "angle": 4,
     "pairwise_l1": 47,
     "sinkhorn": 24,
+    "scale": 4,
 }
 
 

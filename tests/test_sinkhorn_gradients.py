@@ -122,6 +122,8 @@ def test_small_and_large_epsilon(gradient, epsilon, shared, backend):
     """Shared and at 4e-3 the problems leave scalings, and go to the kernel one by one."""
     problems = Problems(shared=shared)
     iterations = {0.5: 60, 0.02: 3000, 4e-3: 6000}[epsilon] if gradient == "implicit" else 6
+    if backend == "triton":  # interpreted; the linear system is that of any plan with exact columns
+        iterations = min(iterations, 150)
     ours, theirs = problems.leaves(), problems.leaves()
     found = kd.sinkhorn(
         *ours, epsilon=epsilon, iterations=iterations, gradient=gradient, return_plan=True, backend=backend
@@ -271,6 +273,8 @@ def test_the_divergence(backend):
 @SHARED
 def test_gradcheck(gradient, shared, backend):
     """By finite differences, marginals as softmax of free numbers: the whole chain."""
+    if backend == "triton":
+        pytest.skip("takes the interpreter minutes; its gradients are compared with autograd's elsewhere")
     problems = Problems(2, 3, 4, shared=shared)
     cost = problems.cost.clone().requires_grad_()
     free = [torch.randn(2, size, dtype=torch.float64, requires_grad=True) for size in (3, 4)]

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from kd_kernels.triton_kernels import angle, gather, pairwise_l1, sinkhorn, topk
+from kd_kernels.triton_kernels import angle, gather, pairwise_l1, scale, sinkhorn, topk
 from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,7 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*CATALOGUE, "gather", "topk", "angle", "pairwise_l1", "sinkhorn")
+KERNELS = (*CATALOGUE, "gather", "topk", "angle", "pairwise_l1", "sinkhorn", "scale")
 SIZES = {"small": 1000, "large": 128256}
 IDS = (16, 64, 1024)  # what the kernels that take K ids are compiled for
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -116,6 +116,19 @@ def angle_source(gradients: tuple[bool, bool]) -> tuple[ASTSource, int]:
     divisible = [[i] for i, name in enumerate(names) if signature[name] == "*fp64"]
     attributes = {tuple(index): [["tt.divisibility", 16]] for index in divisible}
     return ASTSource(angle.angle, signature, constants, attributes), triton_runtime.ANGLE_WARPS
+
+
+def scale_source(dtype: str) -> tuple[ASTSource, int]:
+    """From the dtype of the sums, float32 or float64."""
+    wide = dtype == "float64"
+    constants = {
+        "BLOCK": triton_runtime.SCALE_BLOCK,
+        "F": kernels.tl.float64 if wide else kernels.tl.float32,
+    }
+    signature = {"source": "*fp64" if wide else "*fp32", "factor": "*fp64", "out": f"*{DTYPES[dtype]}"}
+    signature |= {"count": "i32", "BLOCK": "constexpr", "F": "constexpr"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+    return ASTSource(scale.scale, signature, constants, attributes), triton_runtime.SCALE_WARPS
 
 
 def sinkhorn_source(phase: str, dtype: str, columns: int, everything: bool) -> tuple[ASTSource, int]:
@@ -231,6 +244,10 @@ def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
     if kernel == "angle":
         for gradients in ((False, False), (True, False), (False, True), (True, True)):
             yield f"angle {gradients}", *angle_source(gradients)
+        return
+    if kernel == "scale":
+        for dtype in DTYPES:
+            yield f"scale {dtype}", *scale_source(dtype)
         return
     if kernel == "sinkhorn":
         for dtype in ("float32", "bfloat16", "float64"):

@@ -18,9 +18,9 @@ from kd_kernels.cli.trace import trace
 from kd_kernels.cli.workload import Case, Inputs, objective_of, plain_step
 from kd_kernels.drivers.chunked_head import Problem
 from kd_kernels.drivers.plan import Chunking, chunking
+from kd_kernels.drivers.scale import SLAB
 from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype
 from kd_kernels.gemm import matmul, offers_widening, route
-from kd_kernels.ops.row_divergence import _SLAB
 
 HELP = "predict memory, FLOPs and chunking of a step"
 
@@ -31,19 +31,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def problem_of(case: Case, inputs: Inputs) -> Problem:
     """The walk's problem for a case; every token counts."""
-    one = torch.ones((), dtype=torch.float64)
 
     def model(hidden: torch.Tensor, weight: torch.Tensor) -> Model:
         needs = (hidden.requires_grad, weight.requires_grad, False)
-        return Model(hidden.detach(), weight.detach(), None, 1.0, 0.0, one, needs)
+        return Model(hidden.detach(), weight.detach(), None, 1.0, 0.0, 1.0, needs)
 
     return Problem(
         student=model(inputs.student_hidden, inputs.student_weight),
         teacher=model(inputs.teacher_hidden, inputs.teacher_weight),
         objective=case.objective,
-        parameter0=one,
-        parameter1=one,
-        soft_weight=one,
+        parameter0=1.0,
+        parameter1=1.0,
+        soft_weight=1.0,
         hard_weight=None,
         labels=None,
         rows=None,
@@ -108,7 +107,7 @@ def fused(case: Case) -> tuple[Chunking, str, dict[str, int]]:
     results = sum(x.nbytes for x in inputs.tensors() if x.requires_grad)
     # The backward pass casts through a buffer where the accumulator is wider than the gradient.
     widened = accumulate_dtype(case.torch_dtype) != case.torch_dtype and not case.frozen_head
-    slab = min(_SLAB, case.vocab * case.student) * 4 if widened else 0
+    slab = min(SLAB, case.vocab * case.student) * 4 if widened else 0
     scratch = temporaries(case, backend, cut.rows)
     forward = cut.accumulator_bytes + cut.workspace_bytes + scratch
     kept = cut.workspace_bytes if case.device == "cpu" else 0  # for the next call

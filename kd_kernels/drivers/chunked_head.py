@@ -8,8 +8,9 @@ turns them into per-token terms and logit gradients, two more GEMMs carry those 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional, Union
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, RowKernel, pick
-from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, side_of
+from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, Number, side_of
 from kd_kernels.drivers.sorted_l1 import RankedSide, exact_divergence, topk_divergence
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
 from kd_kernels.drivers.tokens import spread
@@ -43,10 +44,10 @@ class Problem:
     student: Model
     teacher: Model
     objective: str
-    parameter0: Tensor  # 0-d or [N], like every per-token number below
-    parameter1: Tensor
-    soft_weight: Tensor
-    hard_weight: Optional[Tensor]  # None: no cross-entropy
+    parameter0: Number
+    parameter1: Number
+    soft_weight: Number
+    hard_weight: Optional[Number]  # None: no cross-entropy
     labels: Optional[Tensor]  # [N]
     rows: Optional[Tensor]  # [n] int64: the tokens that count, the others are dropped; None: keep all N
     kept: Optional[Tensor]  # [N] bool: the tokens that count, the others are silenced; None: all do
@@ -57,6 +58,7 @@ class Problem:
     workspace_bytes: Optional[int]
     target: Optional[Target] = None  # a sparse teacher, in the place of ``teacher``
     top_k: Optional[int] = None  # of the sorted L1; None: exact
+    filled: dict[tuple[float, float], Tensor] = field(default_factory=dict)
 
     @property
     def is_sorted(self) -> bool:
@@ -74,6 +76,12 @@ class Problem:
         return self.teacher.vocab_size if self.is_sorted and self.target is None else self.vocab
 
     @property
+    def shares_factor(self) -> bool:
+        """Whether gradients are found up to a factor: those of existing logits are final as the kernel writes
+        them, unless the other model has a head."""
+        return any(m.is_head and any(m.needs) for m in (self.student, self.teacher))
+
+    @property
     def tokens(self) -> int:
         return self.student.values.shape[:-1].numel()
 
@@ -81,24 +89,28 @@ class Problem:
     def walked(self) -> int:
         return self.tokens if self.rows is None else self.rows.numel()
 
-    def walked_values(self, value: Tensor, silenced: float = 0.0) -> Tensor:
+    def walked_values(self, value: Number, silenced: float = 0.0) -> Number:
         """``value`` for each token that is walked, ``[n]`` float64, ``silenced`` at silenced ones; or, while
         it is one number on the host, just that: what is computed with it launches nothing."""
-        if value.dim() == 0 and value.device.type == "cpu":
-            return value.to(torch.float64)
+        if isinstance(value, float):
+            return value
         value = value.to(self.student.values.device, torch.float64).reshape(-1).expand(self.tokens)
         if self.kept is not None:
             value = torch.where(self.kept, value, silenced)
         return (value if self.rows is None else value[self.rows]).contiguous()
 
-    def per_token(self, value: Tensor, silenced: float = 0.0) -> Tensor:
-        """``[n]`` of what :meth:`walked_values` gave."""
-        if value.dim():
+    def per_token(self, value: Number, silenced: float = 0.0) -> Tensor:
+        """``[n]`` of what :meth:`walked_values` gave, to be read only: one tensor serves equal numbers."""
+        if isinstance(value, Tensor):
             return value
-        # Filling in a constant waits for nobody, copying it would.
-        device = self.student.values.device
-        value = torch.full((self.walked,), value.item(), dtype=torch.float64, device=device)
-        return value if self.kept is None else torch.where(self.kept, value, silenced)
+        if (value, silenced) not in self.filled:
+            # Filling in a constant waits for nobody, copying it would.
+            device = self.student.values.device
+            made = torch.full((self.walked,), value, dtype=torch.float64, device=device)
+            self.filled[value, silenced] = (
+                made if self.kept is None else torch.where(self.kept, made, silenced)
+            )
+        return self.filled[value, silenced]
 
     def spread(self, values: Tensor) -> Tensor:
         """``[n, k]`` of the walked tokens to ``[N, k]`` of all, zeros at those that do not count."""
@@ -176,14 +188,14 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     weights = [problem.walked_values(w) for w in weights]
     temperatures = [problem.walked_values(m.temperature, 1.0) for m in (problem.student, problem.teacher)]
     factor = _common_factor(problem, weights, temperatures)
-    on_host = factor.device.type == "cpu"
+    on_host = isinstance(factor, float)
     soft, *hard = (
         problem.per_token(w / factor) if on_host else problem.per_token(w) / factor for w in weights
     )
     t_s, t_t = (problem.per_token(t, 1.0) for t in temperatures)
     p0, p1 = (problem.per_token(problem.walked_values(p)) for p in (problem.parameter0, problem.parameter1))
     if on_host:
-        factor = torch.full((), factor.item(), dtype=torch.float64, device=device)
+        factor = torch.full((), factor, dtype=torch.float64, device=device)
     labels = problem.labels
     if problem.target is not None and problem.hard_weight is None:
         labels = None
@@ -196,7 +208,7 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     else:
         stats = statistics if problem.rows is None else statistics[problem.rows]
 
-    hard_weight = hard[0] if hard else torch.zeros_like(soft)
+    hard_weight = hard[0] if hard else problem.per_token(0.0)
     with borrow(cut.workspace_bytes, device) as workspace:
         for start in range(0, n, chunk):
             stop = min(n, start + chunk)
@@ -264,16 +276,14 @@ def _sorted_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKern
     )
 
 
-def _uniform(temperature: Tensor, device: torch.device) -> Optional[Tensor]:
+def _uniform(temperature: Number, device: torch.device) -> Optional[Tensor]:
     """``[1]`` on the device, of a temperature that all rows have; None where each has its own."""
-    if temperature.dim():
-        return None
-    if temperature.device == device:
-        return temperature.to(torch.float64).reshape(1)
-    return torch.full((1,), temperature.item(), dtype=torch.float64, device=device)
+    if isinstance(temperature, float):
+        return torch.full((1,), temperature, dtype=torch.float64, device=device)
+    return None if temperature.dim() else temperature.to(torch.float64).reshape(1)
 
 
-def _common_factor(problem: Problem, weights: list[Tensor], temperatures: list[Tensor]) -> Tensor:
+def _common_factor(problem: Problem, weights: list[Number], temperatures: list[Number]) -> Number:
     """A power of two that brings the logit gradients near 1, put back after the GEMMs; on the host where all
     that it comes from is.
 
@@ -282,21 +292,26 @@ def _common_factor(problem: Problem, weights: list[Tensor], temperatures: list[T
     existing logits are final as the kernel writes them, so a call without any head keeps its weights.
     """
     soft, *hard = weights
+    if problem.walked == 0 or not problem.shares_factor:
+        return 1.0
     models = [m for m in (problem.student, problem.teacher) if any(m.needs)]
-    if problem.walked == 0 or not any(m.is_head for m in models):
-        return torch.ones((), dtype=torch.float64)
-    tops = [w.abs().amax() * abs(problem.student.scale) for w in hard]
+    tops = [abs(w) * abs(problem.student.scale) for w in hard]
     for model, temperature in zip((problem.student, problem.teacher), temperatures):
         if any(model.needs):
-            tops.append((soft.abs() / temperature).amax() * abs(model.scale))
-    top = functools.reduce(torch.maximum, tops)
+            tops.append(abs(soft) / temperature * abs(model.scale))
+    on_host = [x for x in tops if isinstance(x, float)]
+    least = max(on_host, default=0.0)
+    there = [x.amax() for x in tops if isinstance(x, Tensor)]
+    top = functools.reduce(torch.maximum, there).clamp(min=least) if there else least
     if any(m.is_head and (problem.compute_dtype or m.values.dtype) == torch.float16 for m in models):
         top = top / FLOAT16_HEADROOM
     return power_of_two(top)
 
 
-def power_of_two(top: Tensor) -> Tensor:
+def power_of_two(top: Number) -> Number:
     """The one below ``top``; 1 where there is none."""
+    if isinstance(top, float):
+        return math.ldexp(1.0, math.frexp(top)[1] - 1) if 0 < top < math.inf else 1.0
     power = torch.exp2(torch.floor(torch.log2(top)))
     return torch.where(torch.isfinite(power) & (power > 0), power, 1.0)
 

@@ -13,6 +13,9 @@ from kd_kernels.drivers.workspace import Workspace
 from kd_kernels.gemm import as_matrix, matmul
 from kd_kernels.rows import Rows
 
+# A float while it is one number that the host knows; else a tensor: 0-d, or one number per token ``[N]``.
+Number = Union[float, Tensor]
+
 
 @dataclass
 class Model:
@@ -23,7 +26,7 @@ class Model:
     bias: Optional[Tensor]  # [V]
     scale: float
     softcap: float  # 0: none
-    temperature: Tensor  # 0-d or [N]
+    temperature: Number
     needs: tuple[bool, bool, bool]  # gradient of values, weight, bias
 
     @property
@@ -142,7 +145,7 @@ class HeadSide:
         """Where the rows start; computed once for all chunks, of which none has more rows than the first."""
         c, stride = chunk.shape[0], chunk.stride(0)
         if stride not in self.offsets:
-            self.offsets[stride] = torch.arange(c, device=chunk.device) * stride
+            self.offsets[stride] = torch.arange(0, c * stride, stride, device=chunk.device)
         return self.offsets[stride][:c]
 
     def carry(self, start: int, stop: int, rows: Rows) -> None:
@@ -191,7 +194,7 @@ class LogitsSide:
             whole = rows is None and vocab == values.shape[-1]
             make = torch.empty if whole else torch.zeros
             self.grad = make(values.shape, dtype=values.dtype, device=values.device)
-            grad_offsets = torch.arange(tokens, device=values.device) * values.shape[-1]
+            grad_offsets = offsets if values.is_contiguous() else _row_offsets(self.grad)
             self.grad_offsets = grad_offsets if rows is None else grad_offsets[rows]
 
     @property
@@ -252,6 +255,9 @@ def _common_divisor(values: Tensor) -> int:
 
 def _row_offsets(values: Tensor) -> Tensor:
     """``[tokens]`` int64: where each row starts, in elements from the tensor's first."""
+    if values.is_contiguous():
+        tokens, size = values.shape[:-1].numel(), max(values.shape[-1], 1)
+        return torch.arange(0, tokens * size, size, device=values.device)
     offsets = torch.zeros((), dtype=torch.int64, device=values.device)
     for size, stride in zip(values.shape[:-1], values.stride()[:-1]):
         offsets = offsets[..., None] + torch.arange(size, device=values.device) * stride

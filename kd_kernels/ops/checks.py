@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 from torch import Tensor
+
+from kd_kernels.drivers.sides import Number
 
 IGNORED = " or ignore_index (-100 unless given)"
 
@@ -14,11 +17,19 @@ def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("KD_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-def check_temperatures(name: str, values: Tensor) -> None:
+def check_temperatures(name: str, values: Number) -> None:
     """All > 0, and not so far from 1 that float32 cannot divide by them."""
-    wrong = values[~((values >= 1e-30) & (values <= 1e30))]
-    if wrong.numel():
-        raise ValueError(f"{name} must be finite and > 0, got {wrong.reshape(-1)[0].item()}")
+    if isinstance(values, float):
+        wrong = [] if 1e-30 <= values <= 1e30 else [values]
+    else:
+        wrong = values[~((values >= 1e-30) & (values <= 1e30))].tolist()
+    if wrong:
+        raise ValueError(f"{name} must be finite and > 0, got {wrong[0]}")
+
+
+def check_finite(name: str, values: Number) -> None:
+    if not (math.isfinite(values) if isinstance(values, float) else bool(torch.isfinite(values).all())):
+        raise ValueError(f"{name} holds NaN or infinity")
 
 
 def check_range(name: str, values: Tensor, vocab: int, lowest: int = 0, otherwise: str = "") -> None:

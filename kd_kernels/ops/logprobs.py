@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
+from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model, result_dtype
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.ops.checks import check_range, check_temperatures, checks_values
-from kd_kernels.ops.row_divergence import scaled
 from kd_kernels.ops.schema import names
 
 # What both ops take, in the order in which autograd sees it.

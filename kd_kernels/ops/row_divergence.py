@@ -18,11 +18,13 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.drivers.chunked_head import Problem, walk
-from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype, result_dtype
+from kd_kernels.drivers.scale import scaled
+from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gradient_dtype, result_dtype
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.objectives import CATALOGUE
-from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, checks_values
+from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temperatures, checks_values
+from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 from kd_kernels.ops.sparse_checks import check_target, refuse_undefined
 
@@ -37,23 +39,27 @@ _CALL = """
 ARGUMENTS = names(_CALL)
 _DIFFERENTIABLE = 6  # the first six
 _SOFT, _HARD = 4, 5  # in ``scalars``
-_SLAB = 4 << 20  # elements: few enough pieces, each wakes the threads twice
 
 
 def _check_values(problem: Problem, call: dict) -> None:
     """Value checks: on CPU, and elsewhere under KD_KERNELS_DEBUG=1, since each waits for the device."""
-    if problem.tokens == 0 or not checks_values(problem.student.values.device):
-        return
 
-    def of_counted(value: Tensor) -> Tensor:  # [N, K], [N] or 0-d -> the tokens that count
+    def of_counted(value: Number) -> Number:  # [N, K], [N] or one number -> the tokens that count
+        if isinstance(value, float):
+            return value
         value = value if value.dim() > 1 else value.reshape(-1).expand(problem.tokens)
         index = problem.rows if problem.kept is None else problem.kept
         return value if index is None else value[index.to(value.device)]
 
-    for name in ("temperature", "teacher_temperature"):
-        model = problem.student if name == "temperature" else problem.teacher
-        check_temperatures(name, of_counted(model.temperature))
-    scalars = call["scalars"]
+    if problem.tokens == 0:
+        return
+    looks = checks_values(problem.student.values.device)
+    for name, model in (("temperature", problem.student), ("teacher_temperature", problem.teacher)):
+        if looks or isinstance(model.temperature, float):
+            check_temperatures(name, of_counted(model.temperature))
+    if not looks:
+        return
+    scalars = call["scalars"].tolist()
     for name, value in (
         ("token_weight", call["token_weight"]),
         ("soft_weight", scalars[_SOFT]),
@@ -61,8 +67,8 @@ def _check_values(problem: Problem, call: dict) -> None:
         ("objective's first parameter", problem.parameter0),
         ("objective's second parameter", problem.parameter1),
     ):
-        if value is not None and not bool(torch.isfinite(of_counted(value)).all()):
-            raise ValueError(f"{name} holds NaN or infinity")
+        if value is not None:
+            check_finite(name, of_counted(value))
     if not problem.is_sorted:
         CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
     if problem.target is not None:
@@ -82,6 +88,10 @@ def _resolve(objective: str, parameter0: Tensor) -> str:
     return objective
 
 
+def _on_host(value: Tensor) -> Number:
+    return value.item() if value.dim() == 0 and value.device.type == "cpu" else value
+
+
 def _unpack(call: dict) -> Problem:
     needs = tuple(call["needs"])
     scalars = call["scalars"].tolist()
@@ -92,25 +102,25 @@ def _unpack(call: dict) -> Problem:
             call[f"{side}_bias"],
             scale=scalars[2 * i],
             softcap=scalars[2 * i + 1],
-            temperature=call[f"{side}_temperature"],
+            temperature=_on_host(call[f"{side}_temperature"]),
             needs=needs[3 * i : 3 * i + 3],
         )
         for i, side in enumerate(("student", "teacher"))
     ]
     rows, kept = counted(call["valid"], call["compact"])
     labels = call["labels"]
-    weight = call["token_weight"]
-    soft = scalars[_SOFT] * (torch.ones((), dtype=torch.float64) if weight is None else weight)
+    weight = 1.0 if call["token_weight"] is None else call["token_weight"]
+    soft = scalars[_SOFT] * weight
     if call["temperature_squared"]:
-        soft = soft * call["student_temperature"] ** 2
+        soft = soft * (models[0].temperature * models[0].temperature)
     hard = None
     if labels is not None and (scalars[_HARD] != 0 or call["parts"]):
-        hard = scalars[_HARD] * (torch.ones((), dtype=torch.float64) if weight is None else weight)
+        hard = scalars[_HARD] * weight
     return Problem(
         *models,
         objective=_resolve(call["objective"], call["parameter0"]),
-        parameter0=call["parameter0"],
-        parameter1=call["parameter1"],
+        parameter0=_on_host(call["parameter0"]),
+        parameter1=_on_host(call["parameter1"]),
         soft_weight=soft,
         hard_weight=hard,
         # the kernels take an address: int64, one after the other, whatever the caller had
@@ -144,10 +154,7 @@ def _without_gradients(problem: Problem) -> Problem:
     return problem
 
 
-@torch.library.custom_op(
-    "kd_kernels::row_divergence", mutates_args=(), schema=f"({_CALL}) -> ({', '.join(['Tensor'] * 10)})"
-)
-def row_divergence(*arguments):
+def _forward(*arguments):
     """Weighted divergence (+ cross-entropy) over tokens.
 
     Args:
@@ -189,7 +196,15 @@ def row_divergence(*arguments):
     )
 
 
-@row_divergence.register_fake
+row_divergence_op = torch.library.custom_op(
+    "kd_kernels::row_divergence",
+    _forward,
+    mutates_args=(),
+    schema=f"({_CALL}) -> ({', '.join(['Tensor'] * 10)})",
+)
+
+
+@row_divergence_op.register_fake
 def _(*args):
     call = dict(zip(ARGUMENTS, args))
     student, teacher = call["student"], call["teacher"]
@@ -220,24 +235,6 @@ def scale_gradient(gradient: Tensor, upstream: Tensor, factor: Tensor, dtype: to
     return scaled(gradient, upstream.to(torch.float64) * factor, dtype)
 
 
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """One fresh tensor: scaling and casting never hold a third copy of a weight's gradient."""
-    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    if gradient.dtype == dtype or gradient.is_cuda:  # where one kernel multiplies and casts
-        return torch.mul(gradient, scale.to(gradient.device), out=out)
-    # In slabs through one small buffer: the wide product of all of it would be that third copy.
-    source, target = gradient.reshape(-1), out.view(-1)
-    wide = torch.promote_types(gradient.dtype, dtype)
-    buffer = torch.empty(min(_SLAB, source.numel()), dtype=wide, device=gradient.device)
-    scale = scale.to(gradient.device, wide)
-    for start in range(0, source.numel(), _SLAB):
-        part = slice(start, start + _SLAB)
-        product = buffer[: source[part].numel()]
-        torch.mul(source[part], scale, out=product)
-        target[part] = product
-    return out
-
-
 @scale_gradient.register_fake
 def _(gradient, upstream, factor, dtype):
     return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
@@ -257,15 +254,14 @@ def row_divergence_backward(upstream, statistics, *arguments):
         problem.hard_weight = _times(problem.hard_weight, upstream)
     problem.entropies = False
     outcome = walk(problem, R.GRADIENT, statistics)
-    return [
-        scaled(g, outcome.factor, x.dtype)
-        for g, x in zip(outcome.gradients, arguments)
-        if g is not None and x is not None
-    ]
+    found = [(g, x) for g, x in zip(outcome.gradients, arguments) if g is not None and x is not None]
+    if not problem.shares_factor:
+        return [g for g, _ in found]
+    return [scaled(g, outcome.factor, x.dtype) for g, x in found]
 
 
-def _times(weight: Tensor, upstream: Tensor) -> Tensor:
-    return weight.to(torch.float64) * upstream.to(torch.float64)  # a weight on the host is 0-d: no copy
+def _times(weight: Number, upstream: Tensor) -> Number:
+    return weight * _on_host(upstream.to(torch.float64))
 
 
 @row_divergence_backward.register_fake
@@ -310,6 +306,8 @@ def _double_backward(ctx, *gradients):
     raise RuntimeError("kd_kernels.distill: double backward (a gradient of the gradient) is not implemented")
 
 
-row_divergence.register_autograd(_backward, setup_context=_setup_context)
+row_divergence_op.register_autograd(_backward, setup_context=_setup_context)
 scale_gradient.register_autograd(_double_backward)
 row_divergence_backward.register_autograd(_double_backward)
+
+row_divergence = direct(row_divergence_op, _forward, _backward, _setup_context)
