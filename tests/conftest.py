@@ -27,14 +27,21 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before "not slow" leaves any out
 def pytest_collection_modifyitems(items):
-    """Of a test marked ``pairs``, the interpreted cases that add no pair of parameters are slow."""
+    """Of an interpreted test, the cases that add no pair of parameters are slow; the other backends' and
+    ``make test-all`` have every combination."""
     tests = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("pairs") and "triton" in item.callspec.params.values():
+        if interpreted(item) and not item.get_closest_marker("slow"):
             tests[item.nodeid.partition("[")[0]].append(item)
     for cases in tests.values():
-        for item in left_out_by_pairs(cases, [item.callspec.indices for item in cases]):
+        values = [{name: id(x) for name, x in item.callspec.params.items()} for item in cases]
+        for item in left_out_by_pairs(cases, values):
             item.add_marker(pytest.mark.slow)
+
+
+def interpreted(item) -> bool:
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(x, str) and x == "triton" for x in given)
 
 
 def left_out_by_pairs(cases: list, parameters: list[dict[str, int]]) -> list:
