@@ -1,4 +1,7 @@
 import os
+from collections import defaultdict
+from contextlib import nullcontext
+from itertools import combinations
 
 import pytest
 import torch
@@ -6,6 +9,8 @@ import torch
 # Read when the Triton kernels are imported. Without a GPU they are interpreted, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import interpreter  # noqa: E402
 
 from kd_kernels import native  # noqa: E402
 from kd_kernels.drivers.workspace import release_workspace  # noqa: E402
@@ -18,6 +23,36 @@ torch.set_num_threads(1)
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", getattr(metafunc.module, "BACKENDS", ["cpu", "reference", "triton"]))
+
+
+@pytest.hookimpl(tryfirst=True)  # before "not slow" leaves any out
+def pytest_collection_modifyitems(items):
+    """Of an interpreted test, the cases that add no pair of parameters are slow; the other backends' and
+    ``make test-all`` have every combination."""
+    tests = defaultdict(list)
+    for item in items:
+        if interpreted(item) and not item.get_closest_marker("slow"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        values = [{name: id(x) for name, x in item.callspec.params.items()} for item in cases]
+        for item in left_out_by_pairs(cases, values):
+            item.add_marker(pytest.mark.slow)
+
+
+def interpreted(item) -> bool:
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(x, str) and x == "triton" for x in given)
+
+
+def left_out_by_pairs(cases: list, parameters: list[dict[str, int]]) -> list:
+    """What a greedy choice leaves out that still holds every pair of values of any two parameters."""
+    pairs = [set(combinations(sorted(each.items()), min(2, len(each)))) for each in parameters]
+    missing, out = set().union(*pairs), dict(enumerate(cases))
+    while missing:
+        best = max(out, key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        del out[best]
+    return list(out.values())
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +73,7 @@ def _poisoned_memory():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patch_each_module_once():
-    """Triton's interpreter patches its whole language again at every call of a device function, which takes
-    most of its time. While a kernel runs, once for each module is enough."""
+def _quick_interpreter():
     # now, as some tests change the variable
     from kd_kernels.triton_kernels import (  # noqa: F401
         angle,
@@ -50,31 +83,6 @@ def _patch_each_module_once():
         sinkhorn,
         topk,
     )
-    from triton.runtime import interpreter
 
-    patch = getattr(interpreter, "_patch_lang", None)
-    if patch is None:  # another Triton: only slower
+    with interpreter.quick() if os.environ.get("TRITON_INTERPRET") == "1" else nullcontext():
         yield
-        return
-    patched: set[int] = set()
-
-    def once(function):
-        module = id(function.__globals__)
-        if module in patched:
-            return None
-        outermost = not patched
-        patched.add(module)
-        scope = patch(function)
-        if outermost and scope is not None:
-            restore = scope.restore
-
-            def end() -> None:
-                patched.clear()
-                restore()
-
-            scope.restore = end
-        return scope
-
-    interpreter._patch_lang = once
-    yield
-    interpreter._patch_lang = patch

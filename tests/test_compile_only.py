@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ TABLE = json.loads(Path(__file__).with_name("triton_resources.json").read_text()
 TARGETS = [name for name in TABLE if name != "triton"]
 # A kernel may take this many more registers than the table says before the test asks for a look at it.
 SLACK = 8
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Entries of the table: dtypes x sizes x (a training step, everything at once); of two kernels for several K.
 ENTRIES = {
     **dict.fromkeys(CATALOGUE, 16),
@@ -28,26 +30,66 @@ ENTRIES = {
 }
 
 
-def compiled(target: str, kernel: str) -> dict:
-    """What tests/triton_resources.py reports, from a process in which Triton compiles."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = str(Path(__file__).with_name("triton_resources.py"))
-    command = [sys.executable, script, target, "--kernel", kernel]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+# Without TRITON_INTERPRET: a process in which Triton compiles.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+SCRIPT = [sys.executable, str(Path(__file__).with_name("triton_resources.py"))]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", ENTRIES)
-def test_compiles_without_spills(target, kernel):
-    found = compiled(target, kernel)
-    assert len(found) == ENTRIES[kernel]
+@pytest.fixture(scope="module")
+def compiled():
+    """What tests/triton_resources.py reports."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    with subprocess.Popen([*SCRIPT, "--serve"], **pipes) as process:
+
+        def ask(target: str, kernel: str, quick: bool) -> dict:
+            print(json.dumps([target, kernel, quick]), file=process.stdin, flush=True)
+            found = json.loads(process.stdout.readline())
+            assert "error" not in found, found["error"]
+            return found
+
+        yield ask
+        process.stdin.close()
+
+
+def check(target: str, found: dict) -> None:
     for label, report in found.items():
         assert report["spills"] == 0, (label, report)
         if TABLE["triton"] == triton.__version__:
             for key in report.keys() & {"registers", "vgpr_count"}:
                 assert report[key] <= TABLE[target][label][key] + SLACK, (label, key, report)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", ENTRIES)
+def test_compiles_without_spills(target, kernel, compiled):
+    """All of the configurations that a target or a kernel may refuse by itself (is_quick)."""
+    found = compiled(target, kernel, True)
+    assert 0 < len(found) <= ENTRIES[kernel]
+    check(target, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", ENTRIES)
+def test_all_others_compile_without_spills(target, kernel, compiled):
+    check(target, compiled(target, kernel, False))
+
+
+def test_what_is_compiled_at_once_has_every_kernel_dtype_and_size_for_every_target():
+    listed = subprocess.run([*SCRIPT, "--list"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert listed.returncode == 0, listed.stderr[-2000:]
+    quick = json.loads(listed.stdout)
+    every = [label for labels in quick.values() for label in labels]
+    assert set(every) == set().union(*(TABLE[target] for target in TARGETS))  # each somewhere
+    for target, labels in quick.items():
+        rows = [label.split() for label in labels if label.split()[0] in CATALOGUE]
+        kinds = {tuple(row[1:]) for row in rows}
+        assert {kind[:2] for kind in kinds} == set(product(DTYPES, ("small", "large")))
+        for objective in CATALOGUE:
+            own = [row[1:] for row in rows if row[0] == objective]
+            assert {row[0] for row in own} == set(DTYPES) and {row[1] for row in own} == {"small", "large"}
+        others = {label for label in TABLE[target] if label.split()[0] not in CATALOGUE}
+        assert {x for x in others if x.endswith("everything")} <= set(labels)
 
 
 def test_the_table_is_whole():

@@ -408,7 +408,7 @@ def test_identical_clouds(backend):
     x[1] = x[1, :1]
     cost = (torch.cdist(x, x) ** 2).requires_grad_()
     for gradient, iterations in (("implicit", None), ("unrolled", 30)):
-        for domain in ("auto", "log"):
+        for domain in ("auto", "log") if backend != "triton" else ("auto",):  # which is "log" to its kernel
             found = kd.sinkhorn(
                 cost, epsilon=0.5, domain=domain, gradient=gradient, iterations=iterations, return_plan=True,
                 backend=backend,
@@ -431,11 +431,11 @@ def test_divergence(order, backend):
     def divergence(x, y, **options):
         costs = [torch.cdist(*pair) ** 2 for pair in ((x, y), (x, x), (y, y))]
         return kd.sinkhorn_divergence(
-            *costs, epsilon=2.0, tolerance=1e-11, order=order, backend=backend, **options
+            *costs, epsilon=6.0, tolerance=1e-11, order=order, backend=backend, **options
         )
 
     apart = divergence(x, y)
-    values = [converged_value(torch.cdist(*pair) ** 2, 2.0) for pair in ((x, y), (x, x), (y, y))]
+    values = [converged_value(torch.cdist(*pair) ** 2, 6.0) for pair in ((x, y), (x, x), (y, y))]
     agree(apart, values[0] - values[1] / 2 - values[2] / 2, 1e-8)
     assert (apart > 0.1).all() and divergence(x, x).abs().max() < 1e-10
     rows, columns = torch.tensor([8, 5]), torch.tensor([6, 8])

@@ -11,6 +11,8 @@ from kd_kernels.backends import TABLE
 BACKENDS = ["cpu", "reference", "triton"]
 EACH = pytest.mark.parametrize("name", BACKENDS)
 CONVERGED = kd.SinkhornBatch(epsilon=0.4, iterations=5000, tolerance=1e-11)
+# Interpreted, an iteration is slow and like the next: fewer, and problems that need fewer.
+SOON_CONVERGED = kd.SinkhornBatch(epsilon=2.0, iterations=5000, tolerance=1e-11)
 GROUPS = torch.tensor([[4, 4, 0, 4, -7], [-7, 0, 4, 9, 4], [0, 4, 0, -7, 0]])
 
 
@@ -97,17 +99,22 @@ OPTIONS = {
 @pytest.mark.parametrize("kinds", SOURCES, ids="x".join)
 def test_value_and_gradients(kinds, options, name):
     batch, student, teacher = pair(kinds)
-    for objective in (kd.SinkhornBatch(), CONVERGED):
-        for few in (False, True):
+    interpreted = name == "triton"
+    objectives = (
+        (kd.SinkhornBatch(iterations=5), SOON_CONVERGED) if interpreted else (kd.SinkhornBatch(), CONVERGED)
+    )
+    for objective in objectives:
+        converged = objective.tolerance is not None
+        for few in (not converged,) if interpreted else (False, True):  # several slabs once, one slab once
             chosen = {"temperature": 2.0, **OPTIONS[options](batch)}
             want = dense(student, teacher, objective, **chosen)
             small = {"workspace_bytes": 80000 if name == "triton" else 10000} if few else {}  # several slabs
             loss = kd.distill(student, teacher, objective, teacher_grad=True, backend=name, **small, **chosen)
-            tolerance = 1e-12 if objective is not CONVERGED else 1e-8
+            tolerance = 1e-8 if converged else 1e-12
             assert error(loss, want) < tolerance
             exact = gradients(want, student, teacher)
             for g, x in zip(gradients(loss, student, teacher), exact):
-                assert error(g, x) < (1e-11 if objective is not CONVERGED else 1e-7)
+                assert error(g, x) < (1e-7 if converged else 1e-11)
 
 
 @EACH

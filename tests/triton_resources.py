@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and report what each configuration takes.
 
     python tests/triton_resources.py sm_90          # one line per kernel, as JSON
+    python tests/triton_resources.py --serve        # the same, many times: a test's requests, a line each
     python tests/triton_resources.py --write        # all targets into tests/triton_resources.json
 
 Run without TRITON_INTERPRET: an interpreted kernel has nothing to compile.
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -277,14 +279,50 @@ def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
                         yield f"{kernel} {k} {dtype} {size} {what}", *make(k, dtype, vocab, everything)
 
 
-def compile_all(name: str, kernels: tuple[str, ...] = KERNELS) -> dict[str, dict]:
+def is_quick(target: str, kernel: str, position: int, label: str) -> bool:
+    """Whether ``make test`` compiles this entry of a kernel; ``make test-all`` compiles all.
+
+    A training step is compiled for one target, the next for the next; everything at once for all of them: for
+    each dtype and size. Only the objectives of the row kernel, one source, share these among them: every
+    other one for a target, in turns, so that each of them has every dtype and size there or at its neighbour.
+    """
+    turn = list(TARGETS).index(target)
+    if kernel in CATALOGUE:
+        dtype, size = divmod(position // 2, 2)
+        mine = (list(CATALOGUE).index(kernel) + dtype + size) % 2 == turn % 2
+        return mine if label.endswith("everything") else (position // 2 + turn) % 4 == 0
+    in_turn = kernel in ("gather", "topk", "pairwise_l1", "sinkhorn") and not label.endswith("everything")
+    return not in_turn or position % 4 == turn
+
+
+def quick_labels(target: str) -> list[str]:
+    listed = ((kernel, i, entry[0]) for kernel in KERNELS for i, entry in enumerate(sources(kernel)))
+    return [label for kernel, i, label in listed if is_quick(target, kernel, i, label)]
+
+
+def compile_all(name: str, kernels: tuple[str, ...] = KERNELS, quick: bool | None = None) -> dict[str, dict]:
+    """Of the entries that are ``quick``, of those that are not, or of all."""
     target, table = TARGETS[name], {}
     for kernel in kernels:
-        for label, ast, num_warps in sources(kernel):
+        for position, (label, ast, num_warps) in enumerate(sources(kernel)):
+            if quick is not None and is_quick(name, kernel, position, label) != quick:
+                continue
             registers = triton_transport.SINKHORN_REGISTERS if kernel == "sinkhorn" else 128
             options = triton_runtime.options(num_warps, target.backend == "hip", registers)
             table[label] = resources(triton.compile(ast, target=target, options=options), target)
     return table
+
+
+def serve() -> None:
+    """Importing takes longer than compiling some of the kernels: a process for all that one tester asks."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # Triton prints what it cannot compile
+    for line in sys.stdin:
+        target, kernel, quick = json.loads(line)
+        try:
+            answer = compile_all(target, (kernel,), quick)
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def main() -> None:
@@ -292,8 +330,14 @@ def main() -> None:
     parser.add_argument("target", nargs="?", choices=TARGETS)
     parser.add_argument("--kernel", action="append", choices=KERNELS)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--list", action="store_true", help="what make test compiles")
     options = parser.parse_args()
-    if options.write:
+    if options.serve:
+        serve()
+    elif options.list:
+        json.dump({target: quick_labels(target) for target in TARGETS}, sys.stdout)
+    elif options.write:
         with ProcessPoolExecutor(2) as pool:
             tables = dict(zip(TARGETS, pool.map(compile_all, TARGETS)))
         lines = [
