@@ -1,4 +1,7 @@
-"""Triton's interpreter, quicker and otherwise the same: most of its time goes into describing types.
+"""Triton's interpreter, quicker, and with a GPU's maximum of a number and NaN, which is the number unless a
+kernel asks for NaN (the interpreter takes numpy's: NaN). Otherwise the same.
+
+Most of its time goes into describing types.
 
 Every result of an instruction is described anew: a block type with its shape checked and its name written, a
 tuple of constants, numpy's name of the type. Here what depends on a type alone is made once. Every check of
@@ -114,6 +117,10 @@ def look_for_overflow_when_it_is_said(check: Callable) -> Callable:
     return lambda self, *sum: check(self, *sum) if self.builder.options.debug else None
 
 
+def number_before_nan(choose: Callable) -> Callable:
+    return lambda _: lambda self, left, right: self.binary_op(left, right, choose)
+
+
 PATCHES: list[tuple[object, str, Callable]] = [
     (interpreter, "_patch_lang", patch_each_module_once),
     (interpreter, "_get_np_dtype", remember_numpy_types),
@@ -124,6 +131,8 @@ PATCHES: list[tuple[object, str, Callable]] = [
     (core, "_unwrap_if_constexpr", unwrap_constants_only),
     (semantic.TritonSemantic, "broadcast_impl_value", leave_what_agrees),
     (semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", look_for_overflow_when_it_is_said),
+    (interpreter.InterpreterBuilder, "create_maxnumf", number_before_nan(np.fmax)),
+    (interpreter.InterpreterBuilder, "create_minnumf", number_before_nan(np.fmin)),
 ]
 
 

@@ -98,8 +98,10 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kinds", SOURCES, ids="x".join)
 def test_value_and_gradients(kinds, options, name):
-    batch, student, teacher = pair(kinds)
     interpreted = name == "triton"
+    if interpreted and options == "each token alone" and kinds != ("head", "head"):
+        pytest.skip("15 problems take the interpreter a while: of two heads only")
+    batch, student, teacher = pair(kinds)
     objectives = (
         (kd.SinkhornBatch(iterations=5), SOON_CONVERGED) if interpreted else (kd.SinkhornBatch(), CONVERGED)
     )
@@ -108,7 +110,8 @@ def test_value_and_gradients(kinds, options, name):
         for few in (not converged,) if interpreted else (False, True):  # several slabs once, one slab once
             chosen = {"temperature": 2.0, **OPTIONS[options](batch)}
             want = dense(student, teacher, objective, **chosen)
-            small = {"workspace_bytes": 80000 if name == "triton" else 10000} if few else {}  # several slabs
+            room = 10000 if not interpreted else 80000 if options != "each token alone" else 280000
+            small = {"workspace_bytes": room} if few else {}  # several slabs
             loss = kd.distill(student, teacher, objective, teacher_grad=True, backend=name, **small, **chosen)
             tolerance = 1e-8 if converged else 1e-12
             assert error(loss, want) < tolerance
