@@ -65,6 +65,7 @@ SHAPING: dict[str, Shaping] = {
     "granitemoehybrid": _GRANITE,
     "granitemoeshared": _GRANITE,
     "hyperclovax": Shaping(times="logits_scaling"),  # the attribute by which Granite divides
+    "inkling2_loop_text": Shaping(softcap="final_logit_softcapping", vocab="unpadded_vocab_size"),
     "inkling2_text": Shaping(softcap="final_logit_softcapping", vocab="unpadded_vocab_size"),
     "inkling_text": Shaping(hidden_over="logits_mup_width_multiplier", vocab="unpadded_vocab_size"),
     "led": _BART,

@@ -27,7 +27,8 @@ SOURCES = [("head", "head"), ("head", "logits"), ("logits", "logits"), ("logits"
 
 # err(ours) <= 2 err(plain torch, same dtype) + floor, err(x) = |x - x64| / |x64|. The floors are a few
 # roundings of the dtype's own results, for cases in which plain torch happens to be exact.
-FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# In float64 a skew of 0.99, which leaves a hundredth of each term, needs the most.
+FLOOR = {torch.float64: 2e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 # Every option of kd.distill that changes the number, as keyword arguments made from a batch.
 OPTIONS: dict[str, Callable[[Batch], dict]] = {

@@ -128,6 +128,7 @@ REFUSES: dict[str, str] = {
          "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
         _TRANSFORM,
     ),
+    "dory": "DoryLMHead, not a",  # a logit scale per token of the vocabulary
     "electra": "has generator_predictions",
     "modernbert-decoder": "has lm_head",
     "musicgen": _HEADS,
