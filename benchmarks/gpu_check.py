@@ -10,7 +10,10 @@ leaves its section out and says so. The result files belong under ``benchmarks/r
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import bench_head  # noqa: E402
 import bench_rows  # noqa: E402
 import gpu_cuda  # noqa: E402
+import gpu_profile  # noqa: E402
 import gpu_transport  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
@@ -65,14 +69,19 @@ def build(log: Path) -> Optional[str]:
 
 
 def tests(log: Path, seconds: float) -> str:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_gpu.py"]
+    """The last line that pytest says; the log names what failed as it fails, also where time runs out."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "--tb=short", "tests/test_gpu.py"]
+    if importlib.util.find_spec("xdist") is not None:  # most of the time is spent compiling
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     with log.open("w") as out:
         try:
             done = subprocess.run(
                 command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=max(1.0, seconds)
             )
         except subprocess.TimeoutExpired:
-            return "stopped for lack of time"
+            failed = re.findall(r"^.*FAILED.*::(.+)$|^.*::(.+) FAILED", log.read_text(), re.MULTILINE)
+            failed = sorted({(first or second).strip() for first, second in failed})
+            return f"stopped for lack of time; failed until then: {', '.join(failed) or 'none'}"
     lines = log.read_text().strip().splitlines()
     return f"exit {done.returncode}: {lines[-1] if lines else 'no output'}"
 
@@ -181,14 +190,12 @@ def main() -> int:
             left_out.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0][:300])
             continue
         (head if what.startswith("head") else rows).extend(found)
-    try:
-        summary["topk ms"] = topk_times() if clock.left > PER_CASE else "no time left"
-    except Exception as error:
-        left_out.append(f"topk: {type(error).__name__}: {error}".splitlines()[0][:300])
-    try:
-        summary["transport ms"] = gpu_transport.check() if clock.left > PER_CASE else "no time left"
-    except Exception as error:
-        left_out.append(f"transport: {type(error).__name__}: {error}".splitlines()[0][:300])
+    sections = {"profile": gpu_profile.check, "topk ms": topk_times, "transport ms": gpu_transport.check}
+    for what, section in sections.items():
+        try:
+            summary[what] = section() if clock.left > PER_CASE else "no time left"
+        except Exception as error:
+            left_out.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0][:300])
     try:
         summary["cuda"] = gpu_cuda.check(options.out, lambda: clock.left)
     except Exception as error:
