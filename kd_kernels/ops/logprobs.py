@@ -8,6 +8,7 @@ from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model, result_dtype
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.ops.checks import check_range, check_temperatures, checks_values
+from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
 # What both ops take, in the order in which autograd sees it.
@@ -56,10 +57,7 @@ def _check_values(problem: LogprobProblem) -> None:
     )
 
 
-@torch.library.custom_op(
-    "kd_kernels::linear_logprobs", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
-)
-def linear_logprobs(*arguments):
+def _forward(*arguments):
     """Log-probabilities ``[N, K]`` of ids ``[N, K]`` (-1: unused, 0), entropies ``[N]`` (or 0).
 
     Args:
@@ -76,7 +74,12 @@ def linear_logprobs(*arguments):
     return logprobs.to(dtype), entropies.to(dtype)
 
 
-@linear_logprobs.register_fake
+linear_logprobs_op = torch.library.custom_op(
+    "kd_kernels::linear_logprobs", _forward, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
+)
+
+
+@linear_logprobs_op.register_fake
 def _(values, weight, bias, ids, *rest):
     dtype = result_dtype(values)
     return values.new_empty(ids.shape, dtype=dtype), values.new_empty(ids.shape[:1], dtype=dtype)
@@ -129,5 +132,7 @@ def _double_backward(ctx, *gradients):
     raise RuntimeError("kd_kernels.linear_logprobs: double backward is not implemented")
 
 
-linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
+linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
 linear_logprobs_backward.register_autograd(_double_backward)
+
+linear_logprobs = direct(linear_logprobs_op, _forward, _backward, _setup_context)

@@ -7,6 +7,7 @@ from torch import Tensor
 from kd_kernels.drivers.pairwise_l1 import Distances, PairwiseProblem, carry_back, measure
 from kd_kernels.drivers.sides import Model
 from kd_kernels.ops.checks import check_temperatures, checks_values
+from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
 # What both ops take, in the order in which autograd sees it.
@@ -52,10 +53,7 @@ def _check_values(problem: PairwiseProblem) -> None:
         check_temperatures("teacher_temperature", problem.walked(problem.teacher.temperature))
 
 
-@torch.library.custom_op(
-    "kd_kernels::pairwise_l1", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor)"
-)
-def pairwise_l1(*arguments):
+def _forward(*arguments):
     """``sum_v |p_iv - q_jv|`` of all pairs of a student's and a teacher's row in each group.
 
     Args:
@@ -80,7 +78,12 @@ def pairwise_l1(*arguments):
     return found.cost, found.signs if wanted else found.cost.new_empty(0), found.statistics
 
 
-@pairwise_l1.register_fake
+pairwise_l1_op = torch.library.custom_op(
+    "kd_kernels::pairwise_l1", _forward, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@pairwise_l1_op.register_fake
 def _(*arguments):
     call = dict(zip(_ARGUMENTS, arguments))
     groups, longest = call["members"].shape
@@ -134,5 +137,7 @@ def _double_backward(ctx, *gradients):
     raise RuntimeError("kd_kernels.pairwise_l1: double backward is not implemented")
 
 
-pairwise_l1.register_autograd(_backward, setup_context=_setup_context)
+pairwise_l1_op.register_autograd(_backward, setup_context=_setup_context)
 pairwise_l1_backward.register_autograd(_double_backward)
+
+pairwise_l1 = direct(pairwise_l1_op, _forward, _backward, _setup_context)

@@ -6,6 +6,7 @@ from torch import Tensor
 from kd_kernels import problems as P
 from kd_kernels.drivers.sinkhorn import Call, Cotangents, Potentials, adjoint, solve
 from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
 # What both ops take, in the order in which autograd sees it.
@@ -66,10 +67,7 @@ def _check_outcome(call: Call, numbers: Tensor) -> None:
     )
 
 
-@torch.library.custom_op(
-    "kd_kernels::sinkhorn", mutates_args=(), schema=f"({_CALL}) -> ({', '.join(['Tensor'] * 8)})"
-)
-def sinkhorn(*arguments):
+def _forward(*arguments):
     """Solve B problems.
 
     Args:
@@ -114,7 +112,12 @@ def _plan(call: Call, found: Potentials, epsilon: float) -> Tensor:
     return torch.minimum(plan, call.a[:, :, None] if call.columns_first else call.b[:, None, :])
 
 
-@sinkhorn.register_fake
+sinkhorn_op = torch.library.custom_op(
+    "kd_kernels::sinkhorn", _forward, mutates_args=(), schema=f"({_CALL}) -> ({', '.join(['Tensor'] * 8)})"
+)
+
+
+@sinkhorn_op.register_fake
 def _(*arguments):
     call = dict(zip(_ARGUMENTS, arguments))
     (count, n), m, length = call["a"].shape, call["b"].shape[1], call["epsilons"].shape[0]
@@ -193,5 +196,7 @@ def _double_backward(ctx, *gradients):
     raise RuntimeError("kd_kernels.sinkhorn: double backward is not implemented")
 
 
-sinkhorn.register_autograd(_backward, setup_context=_setup_context)
+sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
 sinkhorn_backward.register_autograd(_double_backward)
+
+sinkhorn = direct(sinkhorn_op, _forward, _backward, _setup_context)
