@@ -184,12 +184,54 @@ def sequence_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
     return _steps(ours, published, None, [student], [teacher])
 
 
+PROMPT = POSITIONS // 4  # rows ahead of the answer
+
+
+def published_multi_level(student: Tensor, teacher: Tensor, top_k: int = 50) -> Tensor:
+    """Multi-Level OT: whole tensors of probabilities, their columns sorted, a Sinkhorn loop per sequence."""
+
+    def kept(z: Tensor) -> Tensor:
+        z = z / (z.std(dim=-1, keepdim=True) + 1e-4)
+        p = torch.stack([one[PROMPT:].softmax(-1) for one in z])
+        p = F.pad(p, (0, 0, 0, PROMPT))[:, : POSITIONS - PROMPT]
+        return p[:, :, p.sum((0, 1)).argsort(descending=True)][:, :, :top_k]
+
+    q, p = kept(student), kept(teacher)
+    q, p = (F.pad(x, (0, max(q.shape[2], p.shape[2]) - x.shape[2])) for x in (q, p))
+    loss = (q - p).abs().sum(-1).mean() - 0.1 * (q.softmax(-1) * p.log_softmax(-1)).sum(-1).mean()
+    for one, other in zip((p / 2).softmax(-1), (q / 2).softmax(-1)):
+        cost = torch.cdist(one, other, p=1)
+        plan = (-cost / 0.1).exp()
+        for _ in range(10):
+            plan = plan / plan.sum(1, keepdim=True)
+            plan = plan / plan.sum(0, keepdim=True)
+        loss = loss + 1e-4 * (plan * cost).sum()
+    return loss
+
+
+def multi_level_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    """Logits that exist; the teacher's vocabulary is the smaller one."""
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (
+        3 * torch.randn(size.rows, POSITIONS, vocab, generator=generator, device=device)
+        for vocab in (size.width, 7 * size.width // 8)
+    )
+    mask = (torch.arange(POSITIONS, device=device) >= PROMPT).expand(size.rows, -1)
+
+    def ours(*logits: Tensor) -> Tensor:
+        call = need("kd_kernels").multi_level_transport
+        return call(*logits, student_mask=mask, teacher_mask=mask, padding=True, log_of="teacher")
+
+    return _steps(ours, published_multi_level, None, [student], [teacher])
+
+
 CASES = {
     "relational angle": angle_case,
     "relational distance": distance_case,
     "class transport": class_case,
     "feature transport": feature_case,
     "sequence transport": sequence_case,
+    "multi-level OT": multi_level_case,
 }
 
 
@@ -252,9 +294,9 @@ BENCH = Bench(
     name="relational",
     title="Losses between points, against the published form",
     about=(
-        "Losses between points, forward and backward, fp32, rows x features or classes (sequences of 128 "
-        "positions); `published` is the form that the methods' own code has, `torch` the best we know in "
-        "plain torch."
+        "Losses between points, forward and backward, fp32, rows x features or classes (or sequences of 128 "
+        "positions x features or vocabulary); `published` is the form that the methods' own code has, "
+        "`torch` the best we know in plain torch."
     ),
     header=RELATIONAL_HEADER,
     lines=relational_lines,

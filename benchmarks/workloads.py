@@ -158,6 +158,7 @@ RELATIONAL = {
     "class transport": RelationalSize(16, 1000),
     "feature transport": RelationalSize(128, 1024),
     "sequence transport": RelationalSize(8, 512),
+    "multi-level OT": RelationalSize(4, 32000),
 }
 RELATIONAL_QUICK = {name: RelationalSize(8, 24) for name in RELATIONAL}
 # The published form's time over ours, at these sizes.

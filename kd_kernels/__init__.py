@@ -19,6 +19,7 @@ from kd_kernels.distill import DistillationLoss, Parts, distill, next_token_labe
 from kd_kernels.drivers.workspace import release_workspace  # noqa: E402
 from kd_kernels.logprobs import linear_logprobs  # noqa: E402
 from kd_kernels.models import last_hidden_state  # noqa: E402
+from kd_kernels.multi_level import MultiLevelParts, multi_level_transport  # noqa: E402
 from kd_kernels.objectives import (  # noqa: E402
     CATALOGUE,
     ForwardKL,
@@ -58,6 +59,7 @@ __all__ = [
     "JensenShannon",
     "Logits",
     "ModelScore",
+    "MultiLevelParts",
     "Objective",
     "PairScore",
     "Parts",
@@ -88,6 +90,7 @@ __all__ = [
     "linear_logprobs",
     "linear_rank",
     "linear_topk",
+    "multi_level_transport",
     "next_token_labels",
     "relational_angle",
     "relational_distance",

@@ -35,7 +35,7 @@ class AlignedSide:
 
     def take(self, source: Teacher | Tensor) -> Teacher:
         """The source with the pairs' rows as its P tokens: a copy of hidden states, or of existing logits."""
-        return _take(as_teacher(source), self.rows)
+        return take_rows(as_teacher(source), self.rows)
 
     def take_labels(self, labels: Tensor) -> Tensor:
         """``[P]``: labels, masks or weights ``[...]`` of the source's tokens, at the pairs' rows."""
@@ -55,7 +55,7 @@ class AlignedSide:
             temperature: of the divergence.
             options: of :func:`kd_kernels.linear_logprobs`.
         """
-        given = _take(as_teacher(source), self.given)
+        given = take_rows(as_teacher(source), self.given)
         ids = labels.reshape(-1)[self.given.to(labels.device)]
         return self._sum(linear_logprobs(given, ids, temperature=temperature, **options))
 
@@ -212,7 +212,9 @@ def _ends(name: str, tokens: Sequence) -> list[int]:
     raise ValueError(f"{name} must hold lengths, or (start, end) pairs, one per token")
 
 
-def _take(source: Teacher, rows: Tensor) -> Teacher:
+def take_rows(source: Teacher, rows: Tensor) -> Teacher:
+    """The source of these tokens, counted through its leading dimensions."""
+
     def of(tensor: Tensor) -> Tensor:
         return tensor.reshape(-1, tensor.shape[-1]).index_select(0, rows.to(tensor.device))
 

@@ -14,7 +14,8 @@ from kd_kernels.points import check_points, check_points_mask, check_positive, r
 from kd_kernels.problems import SCALING_ROOM
 from kd_kernels.sinkhorn import ORDERS, apart_from_nan, sinkhorn
 
-COSTS = ("cosine", "attention", "euclidean")
+COSTS = ("cosine", "attention", "euclidean", "l1")
+GRADIENTS = ("implicit", "unrolled")
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ def feature_transport(
     iterations: int = 100,
     order: str = "rows_columns",
     entropic: bool = False,
+    gradient: str = "implicit",
     mask: Optional[Tensor] = None,
     teacher_grad: bool = False,
     return_parts: bool = False,
+    backend: Optional[str] = None,
 ) -> Tensor | tuple[Tensor, TransportParts]:
     """Entropic transport between a batch of student features and the teacher's, with uniform marginals.
 
@@ -48,18 +51,22 @@ def feature_transport(
     Args:
         student: ``[N, D]``, after the user's projector: the widths are the same.
         teacher: ``[M, D]``; a constant unless ``teacher_grad``. With ``mask``, M = N.
-        cost: "cosine", "attention" or "euclidean"; see :func:`sequence_transport`.
+        cost: "cosine", "attention", "euclidean" or "l1"; see :func:`sequence_transport`.
         epsilon: > 0, in units of the cost.
         iterations: of Sinkhorn, each of both half-steps; "order" says which comes last and is exact.
         entropic: the loss is ``<P, C> + epsilon KL(P | a b)``.
+        gradient: "implicit", of the converged coupling, or "unrolled", of the number returned, back through
+            the iterations: what published code with few of them has.
         mask: bool ``[N]``, True = counts, for both sides.
         return_parts: also a :class:`TransportParts`, of one problem.
+        backend: of :func:`kd_kernels.sinkhorn`, by name, or None for the first that serves the device.
 
     Returns:
         0-d float32 (float64 for float64 inputs); 0 where no row counts.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message names it and what would do.
+        BackendUnavailable: the named backend cannot serve the call.
 
     Double backward raises; ``torch.func`` transforms are refused.
     """
@@ -73,8 +80,9 @@ def feature_transport(
         check_points_mask("mask", mask, student)
         masks = mask[None]
     loss, parts = _transport(
-        student[None], teacher[None], masks, masks, cost, epsilon, iterations, order, entropic, teacher_grad
-    )
+        student[None], teacher[None], masks, masks, cost, epsilon, iterations, order, entropic, gradient,
+        teacher_grad, backend,
+    )  # fmt: skip
     return (loss.sum(), parts) if return_parts else loss.sum()
 
 
@@ -87,11 +95,13 @@ def sequence_transport(
     iterations: int = 100,
     order: str = "columns_rows",
     entropic: bool = False,
+    gradient: str = "implicit",
     student_mask: Optional[Tensor] = None,
     teacher_mask: Optional[Tensor] = None,
     reduction: str = "mean",
     teacher_grad: bool = False,
     return_parts: bool = False,
+    backend: Optional[str] = None,
 ) -> Tensor | tuple[Tensor, TransportParts]:
     """Entropic transport between the states of each student sequence and its teacher's.
 
@@ -104,9 +114,10 @@ def sequence_transport(
         teacher: ``[B, S, D]``, of the same width (the projector is the caller's, and gets its gradient
             through ``teacher_grad=True`` where it works on the teacher's states); a constant otherwise.
         cost: between the states x_i and y_j: "cosine" ``1 - cos(x_i, y_j)``; "attention"
-            ``1 - softmax_j(x_i . y_j / sqrt(D))``; "euclidean" ``|x_i - y_j|``.
+            ``1 - softmax_j(x_i . y_j / sqrt(D))``; "euclidean" ``|x_i - y_j|``; "l1" the sum of the
+            absolute differences, for rows that are distributions.
         epsilon: > 0, in units of the cost (CoT2Align's ``1 / alpha``).
-        iterations, order, entropic: as for :func:`feature_transport`.
+        iterations, order, entropic, gradient, backend: as for :func:`feature_transport`.
         student_mask, teacher_mask: bool ``[B, T]`` and ``[B, S]``, True = counts.
         reduction: "mean" over the sequences that have positions on both sides, "sum", or "none" for ``[B]``.
         return_parts: also a :class:`TransportParts`, ``[B]`` each.
@@ -116,6 +127,7 @@ def sequence_transport(
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message names it and what would do.
+        BackendUnavailable: the named backend cannot serve the call.
 
     Double backward raises; ``torch.func`` transforms are refused.
     """
@@ -130,8 +142,9 @@ def sequence_transport(
         if mask is not None:
             check_points_mask(name, mask, states)
     loss, parts = _transport(
-        student, teacher, student_mask, teacher_mask, cost, epsilon, iterations, order, entropic, teacher_grad
-    )
+        student, teacher, student_mask, teacher_mask, cost, epsilon, iterations, order, entropic, gradient,
+        teacher_grad, backend,
+    )  # fmt: skip
     counted = _nonempty(student, student_mask) & _nonempty(teacher, teacher_mask)
     loss = _reduced(loss, counted.sum(), reduction)
     return (loss, parts) if return_parts else loss
@@ -223,24 +236,27 @@ def _shared_cost(
 
 def _transport(
     student: Tensor, teacher: Tensor, student_mask: Optional[Tensor], teacher_mask: Optional[Tensor],
-    cost: str, epsilon: float, iterations: int, order: str, entropic: bool, teacher_grad: bool,
+    cost: str, epsilon: float, iterations: int, order: str, entropic: bool, gradient: str,
+    teacher_grad: bool, backend: Optional[str],
 ) -> tuple[Tensor, TransportParts]:  # fmt: skip
     _check_options(epsilon, iterations, order)
     if cost not in COSTS:
         raise ValueError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     refuse_transforms("kd_kernels.*_transport", student, teacher)
     dtype = result_dtype(student, teacher)
     x, a = _states(student.to(dtype), student_mask)
     y, b = _states((teacher if teacher_grad else teacher.detach()).to(dtype), teacher_mask)
     empty = ~(a.any(1) & b.any(1))[:, None]
     a, b = a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)
-    pairwise = {"cosine": _cosine, "attention": _attention, "euclidean": _euclidean}[cost]
+    pairwise = {"cosine": _cosine, "attention": _attention, "euclidean": _euclidean, "l1": _l1}[cost]
     with torch.autocast(x.device.type, enabled=False):
         costs = pairwise(x, y, b > 0)
     costs, lost = apart_from_nan(costs, (a > 0)[:, :, None] & (b > 0)[:, None, :])
     found = sinkhorn(
-        costs, a, b, epsilon=epsilon, iterations=iterations, order=order,
-        gradient="envelope" if entropic else "implicit",
+        costs, a, b, epsilon=epsilon, iterations=iterations, order=order, backend=backend,
+        gradient="envelope" if entropic and gradient == "implicit" else gradient,
     )  # fmt: skip
     loss = (found.value if entropic else found.transport_cost) + lost
     return loss, TransportParts(loss.detach(), found.product_gap, found.marginal_error)
@@ -274,6 +290,10 @@ def _attention(x: Tensor, y: Tensor, there: Tensor) -> Tensor:
 def _euclidean(x: Tensor, y: Tensor, there: Tensor) -> Tensor:
     # Not through the Gram matrix, which would lose the digits of near states.
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _l1(x: Tensor, y: Tensor, there: Tensor) -> Tensor:
+    return torch.cdist(x, y, p=1.0)
 
 
 def _nonempty(states: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from cases import DTYPES, FLOOR, error
 from watch import Largest
 
 import kd_kernels as kd
+from kd_kernels.transport import COSTS
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -52,6 +53,8 @@ def cost_between(x, y, name):
         return 1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).t()
     if name == "attention":
         return 1 - (x @ y.t() / x.shape[-1] ** 0.5).softmax(-1)
+    if name == "l1":
+        return (x[:, None] - y[None]).abs().sum(-1)
     return (x[:, None] - y[None]).square().sum(-1).sqrt()
 
 
@@ -60,10 +63,10 @@ def uniform(n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cost", ["cosine", "attention", "euclidean"])
+@pytest.mark.parametrize("cost", COSTS)
 def test_features(cost, dtype):
     inputs = leaves(normal(9, 24), normal(7, 24, seed=1) + 0.3, dtype=dtype)
-    epsilon = {"cosine": 0.2, "attention": 0.1, "euclidean": 1.0}[cost]
+    epsilon = {"cosine": 0.2, "attention": 0.1, "euclidean": 1.0, "l1": 4.0}[cost]
 
     def exact(x, y):
         return unrolled(cost_between(x, y, cost), uniform(9).to(x), uniform(7).to(x), epsilon, 400)
@@ -142,11 +145,18 @@ def sequences(dtype=torch.float64, poison=True):
     return leaves(x, y, dtype=dtype), masks
 
 
-@pytest.mark.parametrize("cost", ["cosine", "attention", "euclidean"])
+@pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("entropic", [False, True])
 def test_ragged_sequences(cost, entropic):
     (x, y), masks = sequences()
-    options = {"cost": cost, "epsilon": 0.4, "iterations": 300, "entropic": entropic, "teacher_grad": True}
+    epsilon = 3.0 if cost == "l1" else 0.4
+    options = {
+        "cost": cost,
+        "epsilon": epsilon,
+        "iterations": 300,
+        "entropic": entropic,
+        "teacher_grad": True,
+    }
     ragged = {"student_mask": masks[0], "teacher_mask": masks[1]}
     each = kd.sequence_transport(x, y, reduction="none", **options, **ragged)
     gradients = torch.autograd.grad(each.sum(), (x, y))
@@ -156,7 +166,7 @@ def test_ragged_sequences(cost, entropic):
             continue
         alone = leaves(x[i, :n], y[i, :m])
         loss = unrolled(
-            cost_between(*alone, cost), uniform(n), uniform(m), 0.4, 600, "columns_rows", entropic
+            cost_between(*alone, cost), uniform(n), uniform(m), epsilon, 600, "columns_rows", entropic
         )
         assert error(each[i], loss) < 1e-9
         for g, h in zip(gradients, torch.autograd.grad(loss, alone)):
@@ -166,6 +176,55 @@ def test_ragged_sequences(cost, entropic):
     assert error(kd.sequence_transport(x, y, **options, **ragged), total / 3) < 1e-14  # two have no positions
 
 
+@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
+@pytest.mark.parametrize("cost", COSTS)
+def test_gradient_of_the_number_returned(cost, order, backend):
+    """After few iterations, which the converged coupling's gradient is not that of."""
+    lengths = LENGTHS[:2] if backend == "triton" else LENGTHS
+    (x, y), masks = sequences()
+    x, y = leaves(x[: len(lengths)], y[: len(lengths)])
+    ragged = {"student_mask": masks[0][: len(lengths)], "teacher_mask": masks[1][: len(lengths)]}
+    epsilon = 3.0 if cost == "l1" else 0.4
+    options = {
+        "cost": cost,
+        "epsilon": epsilon,
+        "iterations": 2,
+        "order": order,
+        "teacher_grad": True,
+        **ragged,
+    }
+    found = run(
+        kd.sequence_transport, (x, y), gradient="unrolled", reduction="sum", backend=backend, **options
+    )
+    alone = [leaves(x[i, :n], y[i, :m]) for i, (n, m) in enumerate(lengths) if n * m]
+    losses = [unrolled(cost_between(*pair, cost), uniform(len(pair[0])), uniform(len(pair[1])), epsilon, 2, order)
+              for pair in alone]  # fmt: skip
+    assert error(found[0], sum(losses)) < 1e-12
+    for i, (pair, loss) in enumerate(zip(alone, losses)):
+        for g, h in zip(found[1:], torch.autograd.grad(0.7 * loss, pair)):
+            assert (g[i, : len(h)] - h).abs().max() < 1e-12 and (g[i, len(h) :] == 0).all()
+    if cost != "attention":
+        implicit = run(kd.sequence_transport, (x, y), reduction="sum", backend=backend, **options)
+        assert error(implicit[1], found[1]) > 1e-3
+
+
+@pytest.mark.parametrize("entropic", [False, True])
+def test_backends(entropic, backend):
+    """Features and sequences are solved by the backend that is named."""
+    x, y = leaves(normal(5, 8), normal(4, 8, seed=1))
+    options = {"epsilon": 0.3, "iterations": 30, "entropic": entropic, "teacher_grad": True}
+    found = run(kd.feature_transport, (x, y), backend=backend, order="columns_rows", **options)
+    exact = run(
+        lambda x, y: unrolled(
+            cost_between(x, y, "cosine"), uniform(5), uniform(4), 0.3, 30, "columns_rows", entropic
+        ),
+        leaves(x, y),
+    )
+    assert all(error(g, h) < 1e-6 for g, h in zip(found, exact))
+    each = kd.sequence_transport(x[None], y[None], backend=backend, **options)
+    assert torch.equal(each, found[0])
+
+
 def test_projector_gets_its_gradient():
     x, hidden = normal(2, 5, 8), normal(2, 4, 12, seed=1)
     weight = normal(8, 12, seed=2).requires_grad_()
@@ -173,7 +232,7 @@ def test_projector_gets_its_gradient():
     assert torch.autograd.grad(loss, weight)[0].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("cost", ["cosine", "attention", "euclidean"])
+@pytest.mark.parametrize("cost", COSTS)
 def test_sequence_gradcheck(cost):
     (x, y), masks = sequences(poison=False)
     function = lambda x, y: kd.sequence_transport(  # noqa: E731
@@ -422,7 +481,9 @@ X, Y, C = normal(4, 3), normal(4, 3, seed=1), torch.rand(3, 3, dtype=torch.float
     [
         (kd.feature_transport, (X, Y[:, :2]), {"epsilon": 1}, ValueError, "same width, got 3 and 2; project"),
         (kd.feature_transport, (X, Y), {"epsilon": 0}, ValueError, "epsilon must be a finite number > 0, got 0"),
-        (kd.feature_transport, (X, Y), {"epsilon": 1, "cost": "l1"}, ValueError, "cost must be one of cosine"),
+        (kd.feature_transport, (X, Y), {"epsilon": 1, "cost": "l2"}, ValueError, "cost must be one of cosine"),
+        (kd.feature_transport, (X, Y), {"epsilon": 1, "gradient": "envelope"}, ValueError, "gradient must be one of"),
+        (kd.feature_transport, (X, Y), {"epsilon": 1, "backend": "fast"}, ValueError, "backend must be one of"),
         (kd.feature_transport, (X, Y), {"epsilon": 1, "order": "rows"}, ValueError, "order must be one of"),
         (kd.feature_transport, (X, Y), {"epsilon": 1, "iterations": 0}, ValueError, "iterations must be an int"),
         (kd.feature_transport, (X, Y[:2]), {"epsilon": 1, "mask": X[:, 0] > 0}, ValueError, "mask needs as many"),

@@ -1,0 +1,68 @@
+"""For losses that no row kernel has: plain torch on the logits of a few tokens at a time, made again in the
+backward pass, so that ``[tokens, vocab]`` never exists as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from kd_kernels.arguments import autocast_dtype
+from kd_kernels.drivers.chunked_head import default_workspace
+from kd_kernels.gemm import matmul
+from kd_kernels.reference.dense import logits_of
+from kd_kernels.sources import Head, Logits, Source
+
+# Tensors of a chunk's size that live at a time: logits, softmax, sorted or shifted copies, gradients.
+_COPIES = 8
+
+
+def chunks_of(source: Source, dtype: torch.dtype, workspace_bytes: Optional[int]) -> tuple[Tensor, ...]:
+    """The values ``[N, ...]`` of a source cut so that the work on a chunk's logits fits the workspace, by one
+    token at least; an empty chunk where there are no tokens, so that even then there is a gradient."""
+    values, *_ = source.tensors()
+    budget = default_workspace(values.device) if workspace_bytes is None else workspace_bytes
+    return values.split(max(1, budget // (_COPIES * source.vocab_size * dtype.itemsize)))
+
+
+def chunk_logits(source: Source, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[n, V]`` in ``dtype``: what the source makes of ``values``, a chunk of its own."""
+    if isinstance(source, Head):
+        compute = autocast_dtype(source) or values.dtype
+        values = _Product.apply(values.to(compute), source.weight.to(compute), dtype)
+        if source.bias is not None:
+            values = values + source.bias
+    return logits_of(Logits(values.to(dtype), source.scale, source.softcap))
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """``function(*arguments)`` without anything kept for its backward pass, which calls it again."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Product(torch.autograd.Function):
+    """``hidden @ weight.T``, float32 of 16-bit operands; back by products of their own dtype."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        out = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
+        matmul(hidden, weight.t(), out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        hidden, weight = ctx.saved_tensors
+        # 1 / tokens and the like would be nothing in float16.
+        scale = gradient.abs().amax().clamp(min=1e-30) if gradient.numel() else 1.0
+        narrow = (gradient / scale).to(hidden.dtype)
+        back = (narrow @ weight if ctx.needs_input_grad[0] else None,
+                narrow.t() @ hidden if ctx.needs_input_grad[1] else None)  # fmt: skip
+        return *(None if x is None else (x * scale).to(hidden.dtype) for x in back), None
