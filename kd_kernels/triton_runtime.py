@@ -44,7 +44,19 @@ def row_tile(block: int, wide: bool) -> dict[str, int]:
     return {"WIDTH": 1, "LANES": block} if wide else {"WIDTH": 4, "LANES": block // 2}
 
 
-def options(num_warps: int, hip: bool = torch.version.hip is not None, registers: int = 128) -> dict:
+# Of a thread at most: two programs of 8 warps share a multiprocessor. What would spill takes more.
+REGISTERS, MANY_REGISTERS = 128, 160
+
+
+def row_registers(objective: str, labels: bool, teacher_grad: bool) -> int:
+    return MANY_REGISTERS if objective == "weighted_kl" and labels and teacher_grad else REGISTERS
+
+
+def topk_registers(k: int) -> int:
+    return MANY_REGISTERS if k > 512 else REGISTERS
+
+
+def options(num_warps: int, hip: bool = torch.version.hip is not None, registers: int = REGISTERS) -> dict:
     """What a launch asks of the compiler; ``registers`` a thread at most."""
     # u_s - u_t must vanish where student and teacher agree: no product is fused into it.
     chosen: dict = {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -172,7 +184,10 @@ def row_divergence(job: RowJob, phases: int) -> None:
             ALIGNMENT=ALIGNMENT if aligned(job.student, job.teacher) else 1,
             **row_tile(block, wide),
             F=module.tl.float64 if wide else module.tl.float32,
-            **options(num_warps),
+            **options(
+                num_warps,
+                registers=row_registers(job.objective, job.labels is not None, teacher_grad),
+            ),
         )
 
 
@@ -298,7 +313,7 @@ def topk(job: TopkJob) -> None:
             CAPPED=job.side.softcap != 0,
             ALIGNMENT=ALIGNMENT if job.side.multiple % ALIGNMENT == 0 else 1,
             **constants,
-            **options(num_warps),
+            **options(num_warps, registers=topk_registers(k)),
         )
 
 

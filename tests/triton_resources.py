@@ -300,6 +300,16 @@ def quick_labels(target: str) -> list[str]:
     return [label for kernel, i, label in listed if is_quick(target, kernel, i, label)]
 
 
+def registers_of(kernel: str, label: str) -> int:
+    """A thread's at most, as a launch asks for."""
+    if kernel == "sinkhorn":
+        return triton_transport.SINKHORN_REGISTERS
+    if kernel == "topk":
+        return triton_runtime.topk_registers(int(label.split()[1]))
+    everything = label.endswith("everything")
+    return triton_runtime.row_registers(kernel, everything, everything)
+
+
 def compile_all(name: str, kernels: tuple[str, ...] = KERNELS, quick: bool | None = None) -> dict[str, dict]:
     """Of the entries that are ``quick``, of those that are not, or of all."""
     target, table = TARGETS[name], {}
@@ -307,7 +317,7 @@ def compile_all(name: str, kernels: tuple[str, ...] = KERNELS, quick: bool | Non
         for position, (label, ast, num_warps) in enumerate(sources(kernel)):
             if quick is not None and is_quick(name, kernel, position, label) != quick:
                 continue
-            registers = triton_transport.SINKHORN_REGISTERS if kernel == "sinkhorn" else 128
+            registers = registers_of(kernel, label)
             options = triton_runtime.options(num_warps, target.backend == "hip", registers)
             table[label] = resources(triton.compile(ast, target=target, options=options), target)
     return table
