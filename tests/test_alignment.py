@@ -151,8 +151,8 @@ def answers():
     return sides
 
 
-def gold(own, other, **config):
-    """TRL's own loss."""
+def gold(own, other, vocabularies=(None, None), **config):
+    """TRL's own loss; ``vocabularies`` have a tokenizer's ``get_vocab()``."""
     reason = "TRL with GOLD is not installed (pip install kd-kernels[dropin])"
     trainer = pytest.importorskip("trl.experimental.gold.gold_trainer", reason=reason, exc_type=ImportError)
     settings = {
@@ -161,13 +161,14 @@ def gold(own, other, **config):
         "use_extended_uld": True, "uld_token_merge_strategy": "observed", "uld_use_hybrid_loss": False,
         **config,
     }  # fmt: skip
-    loss = trainer.ULDLoss(SimpleNamespace(**settings))
+    loss = trainer.ULDLoss(SimpleNamespace(**settings), *vocabularies)
     logits = [side.hidden @ side.weight.T for side in (own, other)]
     return loss(*logits, own.labels, other.labels, own.ids, other.ids, own.spans, other.spans)
 
 
-def ours(own, other, merge, extended, late=0):
-    """``late``: GOLD's "observed" takes the row at each token, not the one that predicts it."""
+def aligned(own, other, merge, extended=True, late=0):
+    """Both heads at the pairs, the pairs' log masses and weights. ``late``: GOLD's "observed" takes the row
+    at each token, not the one that predicts it."""
     sides = own, other
     rows = [[r + late for r in kd.answer_rows(kd.next_token_labels(side.labels) != -100)] for side in sides]
     groups = [kd.byte_groups(a, b) for a, b in zip(own.pieces, other.pieces)] if extended else None
@@ -177,10 +178,15 @@ def ours(own, other, merge, extended, late=0):
     for end, head, side, t in zip((alignment.student, alignment.teacher), heads, sides, (1.3, 0.8)):
         labels = side.labels if late else kd.next_token_labels(side.labels)
         masses.append(end.log_mass(head, labels, temperature=t))
-    student, teacher = alignment.student.take(heads[0]), alignment.teacher.take(heads[1])
+    taken = alignment.student.take(heads[0]), alignment.teacher.take(heads[1])
+    return taken, masses, alignment.sample_weight()
+
+
+def ours(own, other, merge, extended, late=0):
+    heads, masses, weight = aligned(own, other, merge, extended, late)
     return kd.distill(
-        student, teacher, kd.SortedWasserstein(None, *masses), temperature=1.3,
-        teacher_temperature=0.8, token_weight=alignment.sample_weight(), teacher_grad=True,
+        *heads, kd.SortedWasserstein(None, *masses), temperature=1.3, teacher_temperature=0.8,
+        token_weight=weight, teacher_grad=True,
     )  # fmt: skip
 
 
