@@ -65,7 +65,8 @@ def build(log: Path) -> Optional[str]:
 
 
 def tests(log: Path, seconds: float) -> str:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_gpu.py"]
+    files = ("tests/test_gpu.py", "tests/test_gpu_points.py")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", *files]
     with log.open("w") as out:
         try:
             done = subprocess.run(

@@ -206,6 +206,23 @@ def test_the_loss_of_trl(merge, extended):
         assert error(loss, ours(own, other, merge, False, late=int(merge == "observed"))) > 1e-3
 
 
+def test_by_position_as_in_dskd():
+    """DSKD's ULD: the sum over positions where neither side is padding, over a denominator of the batch."""
+    own, other = answers()
+    both = [kd.next_token_labels(side.labels) != -100 for side in (own, other)]
+    both = both[0] & both[1]
+    q, p = ((side.hidden @ side.weight.T)[both].softmax(-1).sort(dim=-1, descending=True).values
+            for side in (own, other))  # fmt: skip
+    want = (torch.nn.functional.pad(p, (0, 41 - 29)) - q).abs().sum() / 13
+    alignment = kd.align_tokens(*(kd.answer_rows(both) for _ in range(2)))
+    sources = [side.take(kd.Head(x.hidden, x.weight))
+               for side, x in ((alignment.student, own), (alignment.teacher, other))]  # fmt: skip
+    loss = kd.distill(*sources, kd.SortedWasserstein(), num_items=13)
+    torch.testing.assert_close(loss, want)
+    gradients = [torch.autograd.grad(x, (own.hidden, own.weight)) for x in (loss, want)]
+    assert all(error(x, y) < 1e-12 for x, y in zip(*gradients))
+
+
 def test_by_position_as_first_published():
     """Boizard et al.: per sample the mean over the shorter answer, mean over the batch, times 1.5."""
     own, other = answers()

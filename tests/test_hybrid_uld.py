@@ -61,6 +61,21 @@ def test_the_loss_of_trl(merge, beta, weights):
         assert error(got, want) < 1e-11 and want.any()
 
 
+def test_rows_outside_the_pairs_may_hold_anything():
+    losses = []
+    for prompt in (0.0, torch.nan):
+        own, other = answers()
+        with torch.no_grad():
+            own.hidden[:, 0], other.hidden[:, 0] = prompt, prompt
+        heads, log_masses, weight = aligned(own, other, "bayesian")
+        loss = kd.hybrid_uld(
+            *heads, kd.match_vocabularies(*vocabularies()), student_log_mass=log_masses[0],
+            teacher_log_mass=log_masses[1].detach(), token_weight=weight,
+        )  # fmt: skip
+        losses.append(run(loss, [own.hidden, own.weight]))
+    assert all(torch.equal(x, y) for x, y in zip(*losses)) and (losses[1][1][:, 0] == 0).all()
+
+
 # --- the formula -----------------------------------------------------------------------------------------
 
 
