@@ -6,6 +6,7 @@ Every case has the published form as its yardstick: the factor by which the othe
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -225,6 +226,42 @@ def multi_level_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
     return _steps(ours, published_multi_level, None, [student], [teacher])
 
 
+# --- tokens that both vocabularies have ---------------------------------------------------------------
+
+
+def published_hybrid(student: Tensor, teacher: Tensor, matches: Tensor, beta: float = 0.5) -> Tensor:
+    """TRL's GOLD: the matched probabilities by generalised JS, the others sorted."""
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    own, other = matches.unbind(1)
+    logs = [x.clamp_min(1e-8).log() for x in (q[:, own], p[:, other])]
+    mixture = torch.logsumexp(torch.stack([logs[0] + math.log1p(-beta), logs[1] + math.log(beta)]), 0)
+    a, b = (F.kl_div(mixture, x, reduction="sum", log_target=True) for x in logs)
+    rest = []
+    for x, ids in ((q, own), (p, other)):
+        left = torch.ones(x.shape[1], dtype=torch.bool, device=x.device).index_fill(0, ids, False)
+        rest.append(x[:, left].sort(dim=-1, descending=True).values)
+    width = max(x.shape[1] for x in rest)
+    rest = [F.pad(x, (0, width - x.shape[1])) for x in rest]
+    share = len(matches) / p.shape[1]
+    unmatched = F.l1_loss(*rest, reduction="sum")
+    return (share * (beta * b + (1 - beta) * a) + (1 - share) * unmatched) / len(q)
+
+
+def hybrid_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
+    """Logits that exist; half of the teacher's tokens are the student's too."""
+    generator = torch.Generator(device).manual_seed(0)
+    vocabs = size.width, 7 * size.width // 8
+    student, teacher = (
+        3 * torch.randn(size.rows, vocab, generator=generator, device=device) for vocab in vocabs
+    )
+    ids = [torch.randperm(vocab, generator=generator, device=device)[: vocabs[1] // 2] for vocab in vocabs]
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return need("kd_kernels").hybrid_uld(*inputs)
+
+    return _steps(ours, published_hybrid, None, [student], [teacher, torch.stack(ids, 1)])
+
+
 CASES = {
     "relational angle": angle_case,
     "relational distance": distance_case,
@@ -232,6 +269,7 @@ CASES = {
     "feature transport": feature_case,
     "sequence transport": sequence_case,
     "multi-level OT": multi_level_case,
+    "hybrid ULD": hybrid_case,
 }
 
 

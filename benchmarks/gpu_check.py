@@ -70,7 +70,8 @@ def build(log: Path) -> Optional[str]:
 
 def tests(log: Path, seconds: float) -> str:
     """The last line that pytest says; the log names what failed as it fails, also where time runs out."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "--tb=short", "tests/test_gpu.py"]
+    files = ("tests/test_gpu.py", "tests/test_gpu_points.py")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "--tb=short", *files]
     if importlib.util.find_spec("xdist") is not None:  # most of the time is spent compiling
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     with log.open("w") as out:

@@ -159,6 +159,7 @@ RELATIONAL = {
     "feature transport": RelationalSize(128, 1024),
     "sequence transport": RelationalSize(8, 512),
     "multi-level OT": RelationalSize(4, 32000),
+    "hybrid ULD": RelationalSize(128, 32000),
 }
 RELATIONAL_QUICK = {name: RelationalSize(8, 24) for name in RELATIONAL}
 # The published form's time over ours, at these sizes.

@@ -17,6 +17,7 @@ from kd_kernels.cache import CacheError, CacheWriter, TeacherCache, TeacherRecor
 from kd_kernels.calibration import Calibration, calibration  # noqa: E402
 from kd_kernels.distill import DistillationLoss, Parts, distill, next_token_labels  # noqa: E402
 from kd_kernels.drivers.workspace import release_workspace  # noqa: E402
+from kd_kernels.hybrid_uld import HybridParts, hybrid_uld, match_vocabularies  # noqa: E402
 from kd_kernels.logprobs import linear_logprobs  # noqa: E402
 from kd_kernels.models import last_hidden_state  # noqa: E402
 from kd_kernels.multi_level import MultiLevelParts, multi_level_transport  # noqa: E402
@@ -56,6 +57,7 @@ __all__ = [
     "DistillationLoss",
     "ForwardKL",
     "Head",
+    "HybridParts",
     "JensenShannon",
     "Logits",
     "ModelScore",
@@ -86,10 +88,12 @@ __all__ = [
     "class_transport",
     "distill",
     "feature_transport",
+    "hybrid_uld",
     "last_hidden_state",
     "linear_logprobs",
     "linear_rank",
     "linear_topk",
+    "match_vocabularies",
     "multi_level_transport",
     "next_token_labels",
     "relational_angle",

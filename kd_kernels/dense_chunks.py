@@ -1,9 +1,10 @@
 """For losses that no row kernel has: plain torch on the logits of a few tokens at a time, made again in the
-backward pass, so that ``[tokens, vocab]`` never exists as a whole."""
+backward pass where that is not all of them, so that ``[tokens, vocab]`` never exists as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
@@ -21,12 +22,13 @@ from kd_kernels.sources import Head, Logits, Source
 _COPIES = 8
 
 
-def chunks_of(source: Source, dtype: torch.dtype, workspace_bytes: Optional[int]) -> tuple[Tensor, ...]:
-    """The values ``[N, ...]`` of a source cut so that the work on a chunk's logits fits the workspace, by one
-    token at least; an empty chunk where there are no tokens, so that even then there is a gradient."""
-    values, *_ = source.tensors()
+def chunks_of(
+    values: Tensor, vocab: int, dtype: torch.dtype, workspace_bytes: Optional[int]
+) -> tuple[Tensor, ...]:
+    """``values`` ``[N, ...]`` cut so that the work on ``vocab`` logits of each token of a chunk fits the
+    workspace, by one token at least; an empty chunk where there are none: even then there is a gradient."""
     budget = default_workspace(values.device) if workspace_bytes is None else workspace_bytes
-    return values.split(max(1, budget // (_COPIES * source.vocab_size * dtype.itemsize)))
+    return values.split(max(1, budget // (_COPIES * vocab * dtype.itemsize)))
 
 
 def chunk_logits(source: Source, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,11 +41,13 @@ def chunk_logits(source: Source, values: Tensor, dtype: torch.dtype) -> Tensor:
     return logits_of(Logits(values.to(dtype), source.scale, source.softcap))
 
 
-def recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """``function(*arguments)`` without anything kept for its backward pass, which calls it again."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+def by_chunks(function: Callable[..., Tensor], *parts: Sequence[Tensor]) -> Tensor:
+    """``function`` of one of each of ``parts``, joined. Where there is more than one chunk nothing
+    is kept for the backward pass, which calls ``function`` again."""
+    if len(parts[0]) == 1:
+        return function(*(part[0] for part in parts))
+    again = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*each) for each in zip(*parts)])
 
 
 class _Product(torch.autograd.Function):

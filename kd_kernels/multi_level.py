@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kd_kernels.alignment import take_rows
 from kd_kernels.arguments import check_per_token, check_source, detached, refuse_transforms
-from kd_kernels.dense_chunks import chunk_logits, chunks_of, recomputed
+from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of
 from kd_kernels.points import check_positive, result_dtype
 from kd_kernels.sources import Source, as_source
 from kd_kernels.transport import sequence_transport
@@ -98,8 +98,9 @@ def multi_level_transport(
         ValueError, TypeError: an argument that does not fit; the message names it and what would do.
         BackendUnavailable: the named backend cannot serve the call.
 
-    Waits for a GPU, to know how long the answers are. The logits are made three times, and again in the
-    backward pass. Double backward raises; ``torch.func`` transforms are refused.
+    Waits for a GPU, to know how long the answers are. The logits are made twice, a few tokens at a time, and
+    again in the backward pass unless the workspace holds all. Double backward raises; ``torch.func``
+    transforms are refused.
 
     Source: Cui et al. 2025, "Multi-Level Optimal Transport for Universal Cross-Tokenizer Knowledge
     Distillation on Language Models" (AAAI), and its code, 2018cx/Multi-Level-OT.
@@ -174,7 +175,7 @@ class _Side:
         return torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
 
     def _chunks(self) -> tuple[Tensor, ...]:
-        return chunks_of(self.source, self.dtype, self.workspace)
+        return chunks_of(self.source.tensors()[0], self.source.vocab_size, self.dtype, self.workspace)
 
     def _probabilities(self, chunk: Tensor) -> Tensor:
         z = chunk_logits(self.source, chunk, self.dtype)
@@ -220,7 +221,7 @@ class _Side:
 
         present, chunks = self.present(longest), self._chunks()
         columns = ids[present.nonzero()[:, 0]].split(len(chunks[0]) or 1)
-        found = torch.cat([recomputed(kept, *each) for each in zip(chunks, columns)])
+        found = by_chunks(kept, chunks, columns)
         return found.new_zeros(*present.shape, ids.shape[1]).index_put((present,), found)
 
 

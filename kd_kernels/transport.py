@@ -10,7 +10,13 @@ from torch import Tensor
 
 from kd_kernels.arguments import refuse_transforms
 from kd_kernels.ops.checks import IGNORED, check_range, checks_values
-from kd_kernels.points import check_points, check_points_mask, check_positive, result_dtype
+from kd_kernels.points import (
+    check_points,
+    check_points_mask,
+    check_positive,
+    check_reduction,
+    result_dtype,
+)
 from kd_kernels.problems import SCALING_ROOM
 from kd_kernels.sinkhorn import ORDERS, apart_from_nan, sinkhorn
 
@@ -134,7 +140,7 @@ def sequence_transport(
     _check_pair(student, teacher, "[B, T, D]")
     if len(student) != len(teacher):
         raise ValueError(f"student and teacher must have the same B, got {len(student)} and {len(teacher)}")
-    _check_reduction(reduction)
+    check_reduction(reduction)
     for name, mask, states in (
         ("student_mask", student_mask, student),
         ("teacher_mask", teacher_mask, teacher),
@@ -192,7 +198,7 @@ def class_transport(
     """
     _check_classes(student_logits, teacher_logits, cost, labels)
     _check_options(epsilon, iterations, order)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     check_positive("temperature", temperature)
     if target_weight and labels is None:
         raise ValueError("target_weight needs labels")
@@ -367,8 +373,3 @@ def _check_options(epsilon: float, iterations: int, order: str) -> None:
         raise ValueError(f"iterations must be an int >= 1, got {iterations!r}")
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")

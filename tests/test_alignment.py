@@ -151,8 +151,8 @@ def answers():
     return sides
 
 
-def gold(own, other, **config):
-    """TRL's own loss."""
+def gold(own, other, vocabularies=(None, None), **config):
+    """TRL's own loss; ``vocabularies`` have a tokenizer's ``get_vocab()``."""
     reason = "TRL with GOLD is not installed (pip install kd-kernels[dropin])"
     trainer = pytest.importorskip("trl.experimental.gold.gold_trainer", reason=reason, exc_type=ImportError)
     settings = {
@@ -161,13 +161,14 @@ def gold(own, other, **config):
         "use_extended_uld": True, "uld_token_merge_strategy": "observed", "uld_use_hybrid_loss": False,
         **config,
     }  # fmt: skip
-    loss = trainer.ULDLoss(SimpleNamespace(**settings))
+    loss = trainer.ULDLoss(SimpleNamespace(**settings), *vocabularies)
     logits = [side.hidden @ side.weight.T for side in (own, other)]
     return loss(*logits, own.labels, other.labels, own.ids, other.ids, own.spans, other.spans)
 
 
-def ours(own, other, merge, extended, late=0):
-    """``late``: GOLD's "observed" takes the row at each token, not the one that predicts it."""
+def aligned(own, other, merge, extended=True, late=0):
+    """Both heads at the pairs, the pairs' log masses and weights. ``late``: GOLD's "observed" takes the row
+    at each token, not the one that predicts it."""
     sides = own, other
     rows = [[r + late for r in kd.answer_rows(kd.next_token_labels(side.labels) != -100)] for side in sides]
     groups = [kd.byte_groups(a, b) for a, b in zip(own.pieces, other.pieces)] if extended else None
@@ -177,10 +178,15 @@ def ours(own, other, merge, extended, late=0):
     for end, head, side, t in zip((alignment.student, alignment.teacher), heads, sides, (1.3, 0.8)):
         labels = side.labels if late else kd.next_token_labels(side.labels)
         masses.append(end.log_mass(head, labels, temperature=t))
-    student, teacher = alignment.student.take(heads[0]), alignment.teacher.take(heads[1])
+    taken = alignment.student.take(heads[0]), alignment.teacher.take(heads[1])
+    return taken, masses, alignment.sample_weight()
+
+
+def ours(own, other, merge, extended, late=0):
+    heads, masses, weight = aligned(own, other, merge, extended, late)
     return kd.distill(
-        student, teacher, kd.SortedWasserstein(None, *masses), temperature=1.3,
-        teacher_temperature=0.8, token_weight=alignment.sample_weight(), teacher_grad=True,
+        *heads, kd.SortedWasserstein(None, *masses), temperature=1.3, teacher_temperature=0.8,
+        token_weight=weight, teacher_grad=True,
     )  # fmt: skip
 
 
@@ -198,6 +204,23 @@ def test_the_loss_of_trl(merge, extended):
         assert error(got, want) < 1e-12 and want.any()
     if extended:
         assert error(loss, ours(own, other, merge, False, late=int(merge == "observed"))) > 1e-3
+
+
+def test_by_position_as_in_dskd():
+    """DSKD's ULD: the sum over positions where neither side is padding, over a denominator of the batch."""
+    own, other = answers()
+    both = [kd.next_token_labels(side.labels) != -100 for side in (own, other)]
+    both = both[0] & both[1]
+    q, p = ((side.hidden @ side.weight.T)[both].softmax(-1).sort(dim=-1, descending=True).values
+            for side in (own, other))  # fmt: skip
+    want = (torch.nn.functional.pad(p, (0, 41 - 29)) - q).abs().sum() / 13
+    alignment = kd.align_tokens(*(kd.answer_rows(both) for _ in range(2)))
+    sources = [side.take(kd.Head(x.hidden, x.weight))
+               for side, x in ((alignment.student, own), (alignment.teacher, other))]  # fmt: skip
+    loss = kd.distill(*sources, kd.SortedWasserstein(), num_items=13)
+    torch.testing.assert_close(loss, want)
+    gradients = [torch.autograd.grad(x, (own.hidden, own.weight)) for x in (loss, want)]
+    assert all(error(x, y) < 1e-12 for x, y in zip(*gradients))
 
 
 def test_by_position_as_first_published():
