@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -104,19 +105,21 @@ def answer_rows(mask: Tensor) -> list[Tensor]:
 def byte_groups(student: Sequence, teacher: Sequence) -> list[Group]:
     """The finest groups of tokens in which two tokenizations of one text agree.
 
-    Whichever side's token ends earlier goes on; a group ends where both end on the same byte. What is left at
-    the end is one more group. Groups without a token on one side are left out.
+    Whichever side's token ends earlier goes on; a group ends where both end on the same byte, with all tokens
+    that end there: a tokenizer that cuts one character into several gives each of them its offsets. What is
+    left at the end is one more group. Groups without a token on one side are left out.
 
     Args:
         student, teacher: per token of the answer its length in bytes, or its ``(start, end)`` as tokenizers
-            give offsets (of the same text, in bytes or characters).
+            give offsets (of the same text, in bytes or characters; both from the same origin).
 
     Returns:
         Pairs of ranges of positions, for :func:`align_tokens`.
 
     Source: TRL's GOLD (extended ULD).
     """
-    ends = [_ends("student", student), _ends("teacher", teacher)]
+    spans = [_spans("student", student), _spans("teacher", teacher)]
+    ends = [[end for _, end in side] for side in spans]
     groups, start, at = [], (0, 0), [0, 0]
     while at[0] < len(ends[0]) and at[1] < len(ends[1]):
         own, other = ends[0][at[0]], ends[1][at[1]]
@@ -125,6 +128,9 @@ def byte_groups(student: Sequence, teacher: Sequence) -> list[Group]:
         if other <= own:
             at[1] += 1
         if own == other:
+            for side, (span, end) in enumerate(zip(spans, ends)):
+                while at[side] < len(end) and span[at[side]][0] < span[at[side]][1] == own:
+                    at[side] += 1
             groups.append((range(start[0], at[0]), range(start[1], at[1])))
             start = (at[0], at[1])
     groups.append((range(start[0], len(ends[0])), range(start[1], len(ends[1]))))
@@ -203,12 +209,16 @@ class _Building:
         )
 
 
-def _ends(name: str, tokens: Sequence) -> list[int]:
-    tokens = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-    if all(isinstance(token, int) for token in tokens):
-        return list(accumulate(tokens))
-    if all(not isinstance(token, int) and len(token) == 2 for token in tokens):
-        return [int(end) for _, end in tokens]
+def _spans(name: str, tokens: Sequence) -> list[tuple[int, int]]:
+    """(start, end) of each token."""
+    tokens = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+    if all(isinstance(token, numbers.Integral) for token in tokens):
+        ends = list(accumulate(int(token) for token in tokens))
+        return list(zip([0, *ends], ends))
+    if all(
+        isinstance(token, Sequence) and not isinstance(token, str) and len(token) == 2 for token in tokens
+    ):
+        return [(int(start), int(end)) for start, end in tokens]
     raise ValueError(f"{name} must hold lengths, or (start, end) pairs, one per token")
 
 

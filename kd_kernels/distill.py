@@ -228,11 +228,13 @@ def _through_masses(
     for mass, column in zip(objective.masses(), (R.SUM_STUDENT, R.SUM_TEACHER)):
         if not isinstance(mass, Tensor) or not mass.requires_grad or not torch.is_grad_enabled():
             continue
-        gradient = soft_weight * statistics[:, column].detach()
+        found = statistics[:, column].detach()
+        gradient = torch.zeros_like(found) if soft_weight == 0 else soft_weight * found
         for weight in weights:
             gradient = torch.where(weight == 0, 0.0, gradient * weight)
         wide = mass.reshape(-1).to(torch.float64)
-        term = (gradient * (wide - wide.detach())).to(loss.dtype)  # 0, but for its gradient
+        # 0, but for its gradient; where that is 0 the mass may be anything.
+        term = torch.where(gradient == 0, 0.0, gradient * (wide - wide.detach())).to(loss.dtype)
         loss = loss + (term if loss.dim() else term.sum())
     return loss
 

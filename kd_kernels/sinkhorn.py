@@ -200,9 +200,9 @@ def sinkhorn_divergence(
 
 def apart_from_nan(cost: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """For losses, whose problems must not share a fate: costs ``[B, n, m]`` that can all be solved, zeros
-    where nothing is ``present`` or the problem holds NaN; and ``[B]`` to be added to what was found: 0, or
-    NaN in value and in the gradients of all that problem's costs."""
-    lost = (cost.isnan() & present).flatten(1).any(1)
+    where nothing is ``present`` or the problem holds NaN or infinity; and ``[B]`` to be added to what was
+    found: 0, or NaN in value and in the gradients of all that problem's costs."""
+    lost = (~cost.isfinite() & present).flatten(1).any(1)
     held = torch.where(present, cost, 0.0).flatten(1).sum(1)
     solvable = torch.where(lost[:, None, None] | ~present, 0.0, cost)
     return solvable, held * torch.where(lost, torch.nan, 0.0)

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import refuse_transforms
+from kd_kernels.arguments import refuse_transforms, saveable
 from kd_kernels.ops.checks import IGNORED, check_range, checks_values
 from kd_kernels.points import (
     check_points,
@@ -20,6 +20,7 @@ from kd_kernels.points import (
 from kd_kernels.problems import SCALING_ROOM
 from kd_kernels.sinkhorn import ORDERS, apart_from_nan, sinkhorn
 
+_CLASS_ROOM = 40.0  # in float32: the gradient of a / D holds a / D^2, and D may be exp(-room)
 COSTS = ("cosine", "attention", "euclidean", "l1")
 GRADIENTS = ("implicit", "unrolled")
 
@@ -181,7 +182,8 @@ def class_transport(
 
     Args:
         student_logits, teacher_logits: ``[N, C]``; the teacher's are constants unless ``teacher_grad``.
-        cost: ``[C, C]``, >= 0; a constant. Its range over ``epsilon`` must not exceed 60.
+        cost: ``[C, C]``, >= 0; a constant. Its range over ``epsilon`` must not exceed 60,
+            in float32 40.
         labels: ``[N]`` integers: the class that is removed. None: no class is. A sample with ``ignore_index``
             does not count.
         epsilon, iterations, temperature, order: published defaults.
@@ -202,8 +204,9 @@ def class_transport(
     check_positive("temperature", temperature)
     if target_weight and labels is None:
         raise ValueError("target_weight needs labels")
-    _check_class_values(cost, epsilon, labels, ignore_index)
     dtype = result_dtype(student_logits, teacher_logits)
+    labels = None if labels is None else labels.to(torch.int64)  # small types would wrap in comparisons
+    _check_class_values(cost, epsilon, labels, ignore_index, dtype)
     z, y = student_logits.to(dtype), (teacher_logits if teacher_grad else teacher_logits.detach()).to(dtype)
     counts = torch.ones(len(z), dtype=torch.bool, device=z.device)
     here = torch.ones_like(z, dtype=torch.bool)
@@ -218,7 +221,7 @@ def class_transport(
         loss = _shared_cost(a, b, cost.detach().to(dtype), here, epsilon, iterations, order, denominator_eps)
     if target_weight:
         p, log_q = y.softmax(1).gather(1, label), z.log_softmax(1).gather(1, label)
-        loss = loss - target_weight * (p * log_q)[:, 0]
+        loss = loss - target_weight * torch.where(p == 0, 0.0, p * log_q)[:, 0]
     if labels is not None:
         loss = torch.where((labels == label[:, 0]) | ~counts, loss, torch.nan)  # where nothing was checked
     return _reduced(torch.where(counts, loss, 0.0), counts.sum(), reduction)
@@ -251,6 +254,9 @@ def _transport(
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     refuse_transforms("kd_kernels.*_transport", student, teacher)
+    student, teacher, student_mask, teacher_mask = (
+        saveable(x) for x in (student, teacher, student_mask, teacher_mask)
+    )
     dtype = result_dtype(student, teacher)
     x, a = _states(student.to(dtype), student_mask)
     y, b = _states((teacher if teacher_grad else teacher.detach()).to(dtype), teacher_mask)
@@ -282,6 +288,10 @@ def _cosine(x: Tensor, y: Tensor, there: Tensor) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     """A state of nothing but zeros stays one, without gradient: its cosines are 0."""
+    if x.shape[-1] == 0:
+        return x
+    largest = x.detach().abs().amax(-1, keepdim=True)  # of any size, squares must not overflow or vanish
+    x = x / torch.where(largest > 0, largest, 1.0)
     squared = x.square().sum(-1, keepdim=True)
     return torch.where(squared == 0, 0.0, x * torch.where(squared == 0, 1.0, squared).rsqrt())
 
@@ -351,17 +361,20 @@ def _check_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Optio
         raise ValueError("labels remove a class: there must be at least 2")
 
 
-def _check_class_values(cost: Tensor, epsilon: float, labels: Optional[Tensor], ignore_index: int) -> None:
+def _check_class_values(
+    cost: Tensor, epsilon: float, labels: Optional[Tensor], ignore_index: int, dtype: torch.dtype
+) -> None:
     """What only the numbers tell; elsewhere than on CPU each look would wait for the device."""
     if torch.compiler.is_compiling() or not checks_values(cost.device) or not cost.numel():
         return
     if not cost.isfinite().all():
         raise ValueError("cost must be finite; a class that nothing may go to has the logit -inf")
     reach = (cost.max() - cost.min()).item()
-    if reach > SCALING_ROOM * epsilon:
+    room = SCALING_ROOM if dtype == torch.float64 else _CLASS_ROOM
+    if reach > room * epsilon:
         raise ValueError(
-            f"cost ranges over {reach:g}, more than {SCALING_ROOM:g} times epsilon = {epsilon:g}: the "
-            f"iterations would underflow; raise epsilon or scale the cost"
+            f"cost ranges over {reach:g}, more than {room:g} times epsilon = {epsilon:g}: the iterations or "
+            f"their gradient would leave {dtype}; raise epsilon, scale the cost or pass float64"
         )
     if labels is not None:
         check_range("labels", labels[labels != ignore_index], len(cost), otherwise=IGNORED)

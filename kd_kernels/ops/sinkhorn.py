@@ -179,7 +179,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, *arriving):
-    inputs, found = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # once: activation checkpointing makes them once
+    inputs, found = saved[:5], saved[5:]
     none = (None,) * len(_ARGUMENTS)
     arriving = [arriving[i] for i in (_TRANSPORT, _VALUE, _PLAN)]
     if all(x is None for x in arriving):
