@@ -135,7 +135,9 @@ def hybrid_uld(
         if not all(len(ids) for ids in others):
             return torch.stack([direct, torch.zeros_like(direct)], 1)
         rest = [x[:, ids].clamp(min=_NOTHING) for x, ids in zip((log_q, log_p), others)]
-        objective = SortedWasserstein(None, *(x.logsumexp(1) for x in rest))
+        # NaN is its own row's, and would be refused as a mass.
+        rest_masses = (torch.where(x.isnan().any(1), 0.0, x.logsumexp(1)) for x in rest)
+        objective = SortedWasserstein(None, *rest_masses)
         ranked = distill(*rest, objective, reduction="none", teacher_grad=True, backend=backend)
         return torch.stack([direct, ranked], 1)
 

@@ -79,7 +79,7 @@ def multi_level_transport(
         top_k: entries kept of each vocabulary, or all where it has fewer.
         match: "order": the largest sums of probabilities over the whole batch, largest first, on both sides.
             "nearest": the teacher's so, and for each of these in turn the student's entry, not yet taken,
-            that is nearest in L1 over the positions of the sample.
+            that is nearest in L1 over the positions of the sample; holds ``[B, top_k, V]`` distances.
         temperature, teacher_temperature: > 0; the teacher's is the student's where it is None.
         log_of: whose softmax stands in the logarithm; "teacher", the roles exchanged, is what published code
             computes.

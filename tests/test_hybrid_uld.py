@@ -197,6 +197,15 @@ def test_banned_tokens():
     assert error(each[1:], kept) < 1e-13
 
 
+def test_nan_is_its_own_row_s():
+    z, y = torch.randn(4, 9), torch.randn(4, 8)
+    usual = kd.hybrid_uld(z, y, torch.tensor([[0, 1]]), reduction="none")
+    z[1, 3] = y[2, 5] = torch.nan
+    found = kd.hybrid_uld(z, y, torch.tensor([[0, 1]]), reduction="none")
+    assert found.isnan().tolist() == [False, True, True, False]
+    assert torch.equal(found[[0, 3]], usual[[0, 3]])
+
+
 def test_no_pairs():
     z = torch.randn(0, 9, requires_grad=True)
     loss = kd.hybrid_uld(z, torch.randn(0, 5), torch.tensor([[1, 2]]))

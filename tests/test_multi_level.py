@@ -220,6 +220,14 @@ def test_rows_that_do_not_count_may_hold_anything():
     assert all((g[~mask] == 0).all() for g, (*_, mask) in zip(found[1::2], made))
 
 
+def test_nan_shows():
+    for side in range(2):
+        made = sides()
+        with torch.no_grad():
+            made[side][0][1, OFF] = math.nan
+        assert ours(made).isnan() and ours(made, match="nearest").isnan()
+
+
 def test_nothing_counts():
     for mask in (torch.zeros(3, 8, dtype=torch.bool), torch.zeros(0, 8, dtype=torch.bool)):
         logits = torch.randn(*mask.shape, 12, requires_grad=True)
