@@ -221,6 +221,32 @@ def distill(
     return loss, Parts(*columns, valid_tokens=count(valid, lead, device), error_bound=bound)
 
 
+class _GradientOnly(torch.autograd.Function):
+    """0, with a gradient that is known."""
+
+    @staticmethod
+    def forward(ctx, mass: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return torch.zeros_like(mass)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Optional[Tensor], ...]:
+        (gradient,) = ctx.saved_tensors
+        return _OnceOnly.apply(upstream * gradient), None
+
+
+class _OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        raise RuntimeError(
+            "kd_kernels.distill: double backward (a gradient of the gradient) is not implemented"
+        )
+
+
 def _through_masses(
     loss: Tensor, objective: SortedWasserstein, statistics: Tensor, soft_weight: float, weights: list[Tensor]
 ) -> Tensor:
@@ -228,13 +254,11 @@ def _through_masses(
     for mass, column in zip(objective.masses(), (R.SUM_STUDENT, R.SUM_TEACHER)):
         if not isinstance(mass, Tensor) or not mass.requires_grad or not torch.is_grad_enabled():
             continue
-        found = statistics[:, column].detach()
+        found = statistics[:, column]
         gradient = torch.zeros_like(found) if soft_weight == 0 else soft_weight * found
         for weight in weights:
             gradient = torch.where(weight == 0, 0.0, gradient * weight)
-        wide = mass.reshape(-1).to(torch.float64)
-        # 0, but for its gradient; where that is 0 the mass may be anything.
-        term = torch.where(gradient == 0, 0.0, gradient * (wide - wide.detach())).to(loss.dtype)
+        term = _GradientOnly.apply(mass.reshape(-1).to(torch.float64), gradient).to(loss.dtype)
         loss = loss + (term if loss.dim() else term.sum())
     return loss
 

@@ -72,6 +72,14 @@ def test_a_mass_that_does_not_count_may_be_anything(silent):
     assert loss.isfinite() and mass.grad.isfinite().all() and z.grad.isfinite().all()
 
 
+def test_double_backward_through_a_mass_raises():
+    z, mass = torch.randn(6, 11, requires_grad=True), torch.zeros(6, requires_grad=True)
+    loss = kd.distill(z, torch.randn(6, 11), kd.SortedWasserstein(student_log_mass=mass))
+    (slope,) = torch.autograd.grad(loss, mass, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        slope.square().sum().backward()
+
+
 @pytest.mark.parametrize("cost", kd.transport.COSTS)
 def test_inference_tensors(cost):
     x = torch.randn(2, 6, 4, requires_grad=True)
