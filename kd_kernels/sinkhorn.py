@@ -254,6 +254,7 @@ def _check_lengths(lengths: Tensor, size: int, what: str) -> None:
         raise TypeError(f"lengths must be integers [B], got {lengths.dtype} {tuple(lengths.shape)}")
     if torch.compiler.is_compiling() or not checks_values(lengths.device):
         return  # beyond the size is as much as the size
+    lengths = lengths.to(torch.int64)  # small types would wrap in comparisons
     wrong = lengths[(lengths < 0) | (lengths > size)]
     if wrong.numel():
         raise ValueError(f"lengths must be in [0, {size}], the {what} of the cost, got {wrong[0].item()}")
@@ -283,7 +284,8 @@ def _marginals(
         present = None
         if length is not None:
             _check_lengths(length, size, "rows" if name == "a" else "columns")
-            present = torch.arange(size, device=cost.device) < length.to(cost.device)[:, None]
+            length = length.to(cost.device, torch.int64)
+            present = torch.arange(size, device=cost.device) < length[:, None]
         if value is None:
             value = torch.ones(count, size, dtype=state, device=cost.device)
             if mass == "probability" and size > 0:
@@ -302,4 +304,8 @@ def _marginals(
                 raise ValueError(f"{name} must be [{size}] or [B, {size}], got {tuple(value.shape)}")
             value = value.to(state).expand(count, size)
         both.append(value if present is None else torch.where(present, value, 0.0))
+    if all(x is None for x in given) and (lengths is not None or 0 in cost.shape[-2:]):
+        # Nobody said that one side has mass where the other one has nothing.
+        filled = (both[0].any(1) & both[1].any(1))[:, None]
+        both = [torch.where(filled, x, 0.0) for x in both]
     return tuple(both)
