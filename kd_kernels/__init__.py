@@ -11,7 +11,7 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "triton_kernels").exists() and (_here.parent / "triton_kernels").exists():
     __path__.append(str(_here.parent))
 
-from kd_kernels.alignment import Alignment, align_tokens, answer_rows, byte_groups  # noqa: E402
+from kd_kernels.alignment import AlignedSide, Alignment, align_tokens, answer_rows, byte_groups  # noqa: E402
 from kd_kernels.backends import BackendUnavailable  # noqa: E402
 from kd_kernels.cache import CacheError, CacheWriter, TeacherCache, TeacherRecord  # noqa: E402
 from kd_kernels.calibration import Calibration, calibration  # noqa: E402
@@ -49,6 +49,7 @@ from kd_kernels.version import __version__  # noqa: E402
 
 __all__ = [
     "CATALOGUE",
+    "AlignedSide",
     "Alignment",
     "BackendUnavailable",
     "CacheError",

@@ -174,7 +174,7 @@ def align_tokens(
     sides: tuple[_Building, _Building] = (_Building("student"), _Building("teacher"))
     sample = []
     for i, answers in enumerate(zip(student_rows, teacher_rows)):
-        answers = [rows.tolist() if isinstance(rows, Tensor) else list(rows) for rows in answers]
+        answers = [_rows(side.name, rows) for side, rows in zip(sides, answers)]
         shorter = min(len(rows) for rows in answers)
         for group in groups[i] if groups is not None else [((j,), (j,)) for j in range(shorter)]:
             for side, rows, positions in zip(sides, answers, group):
@@ -182,6 +182,16 @@ def align_tokens(
             sample.append(i)
     student, teacher = (side.done() for side in sides)
     return Alignment(student, teacher, torch.tensor(sample, dtype=torch.int64), len(student_rows))
+
+
+def _rows(name: str, rows: Rows) -> list[int]:
+    rows = rows.tolist() if hasattr(rows, "tolist") else list(rows)
+    if all(isinstance(row, numbers.Integral) and not isinstance(row, bool) and row >= 0 for row in rows):
+        return [int(row) for row in rows]
+    raise ValueError(
+        f"{name}_rows must hold row numbers >= 0 for each sample, as kd.answer_rows(mask) gives; got "
+        f"{rows[:8]}"
+    )
 
 
 class _Building:
@@ -195,7 +205,8 @@ class _Building:
         if not positions or min(positions) < 0 or max(positions) >= len(rows):
             raise ValueError(
                 f"groups of sample {sample}: {list(positions)} must be one or more positions in the "
-                f"{self.name}'s answer of {len(rows)} tokens"
+                f"{self.name}'s answer of {len(rows)} tokens that have a row (neither the prompt's nor one "
+                f"at position 0)"
             )
         tokens = [rows[position] for position in positions]
         own = tokens.pop() if merge == "bayesian" else tokens.pop(0)
@@ -226,7 +237,10 @@ def take_rows(source: Teacher, rows: Tensor) -> Teacher:
     """The source of these tokens, counted through its leading dimensions."""
 
     def of(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, tensor.shape[-1]).index_select(0, rows.to(tensor.device))
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        if rows.numel() and not rows.is_cuda and int(rows.max()) >= len(flat):
+            raise ValueError(f"row {int(rows.max())} of an alignment, but there are {len(flat)} tokens")
+        return flat.index_select(0, rows.to(tensor.device))
 
     if isinstance(source, Head):
         return Head(of(source.hidden), source.weight, source.bias, source.scale, source.softcap)

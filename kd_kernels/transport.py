@@ -124,7 +124,8 @@ def sequence_transport(
             ``1 - softmax_j(x_i . y_j / sqrt(D))``; "euclidean" ``|x_i - y_j|``; "l1" the sum of the
             absolute differences, for rows that are distributions.
         epsilon: > 0, in units of the cost (CoT2Align's ``1 / alpha``).
-        iterations, order, entropic, gradient, backend: as for :func:`feature_transport`.
+        iterations, order, entropic, gradient, backend: as for :func:`feature_transport`, but for the default
+            of ``order``.
         student_mask, teacher_mask: bool ``[B, T]`` and ``[B, S]``, True = counts.
         reduction: "mean" over the sequences that have positions on both sides, "sum", or "none" for ``[B]``.
         return_parts: also a :class:`TransportParts`, ``[B]`` each.
@@ -182,7 +183,7 @@ def class_transport(
 
     Args:
         student_logits, teacher_logits: ``[N, C]``; the teacher's are constants unless ``teacher_grad``.
-        cost: ``[C, C]``, >= 0; a constant. Its range over ``epsilon`` must not exceed 60,
+        cost: ``[C, C]``, finite; a constant. Its range over ``epsilon`` must not exceed 60,
             in float32 40.
         labels: ``[N]`` integers: the class that is removed. None: no class is. A sample with ``ignore_index``
             does not count.

@@ -113,3 +113,15 @@ def test_one_side_without_entries_is_a_problem_of_nothing():
     assert found.transport_cost[0] == 0 and found.transport_cost[1] > 0
     assert not cost.grad[0].any() and cost.grad[1].any()
     assert kd.sinkhorn(torch.rand(2, 0, 3), epsilon=0.1).transport_cost.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([True, False]), [-100, 3], [0.5, 1.0], [[0, 1]]])
+def test_what_are_no_rows_is_refused(rows):
+    with pytest.raises(ValueError, match="student_rows must hold row numbers"):
+        kd.align_tokens([rows], [[0, 1]])
+
+
+def test_rows_beyond_the_tokens_are_named():
+    pairs = kd.align_tokens([[0, 7]], [[0, 1]])
+    with pytest.raises(ValueError, match="row 7 of an alignment, but there are 4 tokens"):
+        pairs.student.take(torch.randn(2, 2, 5))
