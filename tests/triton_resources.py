@@ -283,14 +283,14 @@ def is_quick(target: str, kernel: str, position: int, label: str) -> bool:
     """Whether ``make test`` compiles this entry of a kernel; ``make test-all`` compiles all.
 
     A training step is compiled for one target, the next for the next; everything at once for all of them: for
-    each dtype and size. Only the objectives of the row kernel, one source, share these among them: every
-    other one for a target, in turns, so that each of them has every dtype and size there or at its neighbour.
+    each dtype and size. Only the objectives of the row kernel, one source, take turns in both: each has every
+    dtype and both sizes at every target, as a step or everything at once, and each target every dtype and
+    size of either kind.
     """
     turn = list(TARGETS).index(target)
     if kernel in CATALOGUE:
-        dtype, size = divmod(position // 2, 2)
-        mine = (list(CATALOGUE).index(kernel) + dtype + size) % 2 == turn % 2
-        return mine if label.endswith("everything") else (position // 2 + turn) % 4 == 0
+        mine = (list(CATALOGUE).index(kernel) + turn) % 4
+        return position // 2 % 4 == (mine if label.endswith("everything") else 3 - mine)
     in_turn = kernel in ("gather", "topk", "pairwise_l1", "sinkhorn") and not label.endswith("everything")
     return not in_turn or position % 4 == turn
 
