@@ -164,6 +164,8 @@ def test_subsets_of_gradients_and_a_frozen_head(name):
 
 @EACH
 def test_gradcheck(name):
+    if name == "triton":
+        pytest.skip("takes the interpreter a minute; its gradients are compared with autograd's elsewhere")
     _, student, teacher = pair(("head", "logits"), lead=(3,), vocab=11, student_width=4)
 
     def loss(hidden, weight, bias, values):
