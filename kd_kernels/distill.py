@@ -26,6 +26,7 @@ from kd_kernels.arguments import (
 from kd_kernels.backends import BackendUnavailable
 from kd_kernels.batch_objectives import check_batch_options, sinkhorn_batch
 from kd_kernels.objectives import Objective, SinkhornBatch, SortedWasserstein
+from kd_kernels.ops.known_gradient import known_gradient
 from kd_kernels.ops.row_divergence import row_divergence
 from kd_kernels.regather import gathers_of, regathering_row_divergence
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
@@ -221,32 +222,6 @@ def distill(
     return loss, Parts(*columns, valid_tokens=count(valid, lead, device), error_bound=bound)
 
 
-class _GradientOnly(torch.autograd.Function):
-    """0, with a gradient that is known."""
-
-    @staticmethod
-    def forward(ctx, mass: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return torch.zeros_like(mass)
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Optional[Tensor], ...]:
-        (gradient,) = ctx.saved_tensors
-        return _OnceOnly.apply(upstream * gradient), None
-
-
-class _OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> Tensor:
-        raise RuntimeError(
-            "kd_kernels.distill: double backward (a gradient of the gradient) is not implemented"
-        )
-
-
 def _through_masses(
     loss: Tensor, objective: SortedWasserstein, statistics: Tensor, soft_weight: float, weights: list[Tensor]
 ) -> Tensor:
@@ -258,7 +233,7 @@ def _through_masses(
         gradient = torch.zeros_like(found) if soft_weight == 0 else soft_weight * found
         for weight in weights:
             gradient = torch.where(weight == 0, 0.0, gradient * weight)
-        term = _GradientOnly.apply(mass.reshape(-1).to(torch.float64), gradient).to(loss.dtype)
+        term = known_gradient(mass.reshape(-1).to(torch.float64), gradient).to(loss.dtype)
         loss = loss + (term if loss.dim() else term.sum())
     return loss
 

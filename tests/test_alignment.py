@@ -244,3 +244,24 @@ def test_by_position_as_first_published():
         token_weight=alignment.sample_weight(), soft_weight=1.5,
     )  # fmt: skip
     torch.testing.assert_close(loss, want)
+
+
+def test_a_character_of_several_tokens():
+    """Byte-level tokenizers give each of them the offsets of the character."""
+    groups = kd.byte_groups([(0, 1), (0, 1), (1, 2)], [(0, 1), (1, 2)])
+    assert [tuple(map(list, group)) for group in groups] == [([0, 1], [0]), ([2], [1])]
+    both = [(0, 1), (0, 1), (1, 1), (1, 3)]
+    groups = kd.byte_groups(both, both)
+    assert [tuple(map(list, g)) for g in groups] == [([0, 1], [0, 1]), ([2], [2]), ([3], [3])]
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([True, False]), [-100, 3], [0.5, 1.0], [[0, 1]]])
+def test_what_are_no_rows_is_refused(rows):
+    with pytest.raises(ValueError, match="student_rows must hold row numbers"):
+        kd.align_tokens([rows], [[0, 1]])
+
+
+def test_rows_beyond_the_tokens_are_named():
+    pairs = kd.align_tokens([[0, 7]], [[0, 1]])
+    with pytest.raises(ValueError, match="row 7 of an alignment, but there are 4 tokens"):
+        pairs.student.take(torch.randn(2, 2, 5))

@@ -1,4 +1,4 @@
-"""tests/interpreter.py changes how long a kernel takes, and nothing that it finds."""
+"""tests/interpreter.py changes how long a kernel takes, and nothing that it finds but a maximum with NaN."""
 
 import interpreter
 import pytest

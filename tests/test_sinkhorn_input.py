@@ -130,3 +130,13 @@ def test_a_hopeless_epsilon_gives_numbers(epsilon, backend):
         assert all(getattr(found, name).isfinite().all() for name in (*NAMES, "f", "g"))
         found.transport_cost.sum().backward()
         assert leaves[0].grad.isfinite().all() or epsilon < 1e-20
+
+
+def test_one_side_without_entries_is_a_problem_of_nothing():
+    cost = torch.rand(2, 4, 200, requires_grad=True)
+    lengths = torch.tensor([[0, 100], [4, 100]], dtype=torch.int8)
+    found = kd.sinkhorn(cost, epsilon=0.1, lengths=lengths)
+    found.transport_cost.sum().backward()
+    assert found.transport_cost[0] == 0 and found.transport_cost[1] > 0
+    assert not cost.grad[0].any() and cost.grad[1].any()
+    assert kd.sinkhorn(torch.rand(2, 0, 3), epsilon=0.1).transport_cost.tolist() == [0, 0]

@@ -441,3 +441,26 @@ def test_memory(objective, backend_named):
     form = f"kd.SortedWasserstein({objective.top_k})"
     above = in_a_process(_MEMORY, form, backend_named, tokens)
     assert above <= 48 << 20, f"{above / 2**20:.0f} MiB above gradients and workspace"
+
+
+@pytest.mark.parametrize("silent", ["mask", "soft_weight"])
+def test_a_mass_that_does_not_count_may_be_anything(silent):
+    z, t = torch.randn(6, 11, requires_grad=True), torch.randn(6, 11)
+    mass = torch.zeros(6)
+    options = {"mask": torch.tensor([1, 0, 1, 1, 1, 1]).bool()} if silent == "mask" else {"soft_weight": 0.0}
+    if silent == "mask":
+        mass[1] = torch.nan
+    else:
+        t[1] = torch.nan
+    mass.requires_grad_()
+    loss = kd.distill(z, t, kd.SortedWasserstein(student_log_mass=mass), **options)
+    loss.backward()
+    assert loss.isfinite() and mass.grad.isfinite().all() and z.grad.isfinite().all()
+
+
+def test_double_backward_through_a_mass_raises():
+    z, mass = torch.randn(6, 11, requires_grad=True), torch.zeros(6, requires_grad=True)
+    loss = kd.distill(z, torch.randn(6, 11), kd.SortedWasserstein(student_log_mass=mass))
+    (slope,) = torch.autograd.grad(loss, mass, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        slope.square().sum().backward()

@@ -257,3 +257,21 @@ def test_a_tiny_student_converges(objective):
         curves.append(torch.tensor(curve))
     assert curves[0][-1] < 0.8 * curves[0][0]
     assert error(*curves) < 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y: kd.distill(x, y, kd.SinkhornBatch()),
+        lambda x, y: kd.feature_transport(x, y, epsilon=0.3),
+        lambda x, y: kd.feature_transport(x, y, epsilon=0.3, gradient="unrolled"),
+        lambda x, y: kd.relational_angle(x, y),
+        lambda x, y: kd.distill(x, y, kd.SortedWasserstein()),
+    ],
+)
+def test_checkpointed_losses_between_rows(loss, reentrant):
+    x, y = torch.randn(6, 11, requires_grad=True), torch.randn(6, 11)
+    (want,) = torch.autograd.grad(loss(x, y), x)
+    torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=reentrant).backward()
+    assert torch.equal(x.grad, want)

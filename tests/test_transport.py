@@ -145,18 +145,16 @@ def sequences(dtype=torch.float64, poison=True):
     return leaves(x, y, dtype=dtype), masks
 
 
+def moderate(cost: str) -> dict:
+    """An epsilon at which the plan says something and few iterations are not enough."""
+    return {"cost": cost, "epsilon": 3.0 if cost == "l1" else 0.4, "teacher_grad": True}
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("entropic", [False, True])
 def test_ragged_sequences(cost, entropic):
     (x, y), masks = sequences()
-    epsilon = 3.0 if cost == "l1" else 0.4
-    options = {
-        "cost": cost,
-        "epsilon": epsilon,
-        "iterations": 300,
-        "entropic": entropic,
-        "teacher_grad": True,
-    }
+    options = {**moderate(cost), "iterations": 300, "entropic": entropic}
     ragged = {"student_mask": masks[0], "teacher_mask": masks[1]}
     each = kd.sequence_transport(x, y, reduction="none", **options, **ragged)
     gradients = torch.autograd.grad(each.sum(), (x, y))
@@ -166,7 +164,13 @@ def test_ragged_sequences(cost, entropic):
             continue
         alone = leaves(x[i, :n], y[i, :m])
         loss = unrolled(
-            cost_between(*alone, cost), uniform(n), uniform(m), epsilon, 600, "columns_rows", entropic
+            cost_between(*alone, cost),
+            uniform(n),
+            uniform(m),
+            options["epsilon"],
+            600,
+            "columns_rows",
+            entropic,
         )
         assert error(each[i], loss) < 1e-9
         for g, h in zip(gradients, torch.autograd.grad(loss, alone)):
@@ -184,20 +188,12 @@ def test_gradient_of_the_number_returned(cost, order, backend):
     (x, y), masks = sequences()
     x, y = leaves(x[: len(lengths)], y[: len(lengths)])
     ragged = {"student_mask": masks[0][: len(lengths)], "teacher_mask": masks[1][: len(lengths)]}
-    epsilon = 3.0 if cost == "l1" else 0.4
-    options = {
-        "cost": cost,
-        "epsilon": epsilon,
-        "iterations": 2,
-        "order": order,
-        "teacher_grad": True,
-        **ragged,
-    }
+    options = {**moderate(cost), "iterations": 2, "order": order, **ragged}
     found = run(
         kd.sequence_transport, (x, y), gradient="unrolled", reduction="sum", backend=backend, **options
     )
     alone = [leaves(x[i, :n], y[i, :m]) for i, (n, m) in enumerate(lengths) if n * m]
-    losses = [unrolled(cost_between(*pair, cost), uniform(len(pair[0])), uniform(len(pair[1])), epsilon, 2, order)
+    losses = [unrolled(cost_between(*pair, cost), uniform(len(pair[0])), uniform(len(pair[1])), options["epsilon"], 2, order)
               for pair in alone]  # fmt: skip
     assert error(found[0], sum(losses)) < 1e-12
     for i, (pair, loss) in enumerate(zip(alone, losses)):
@@ -512,3 +508,50 @@ X, Y, C = normal(4, 3), normal(4, 3, seed=1), torch.rand(3, 3, dtype=torch.float
 def test_bad_input(function, arguments, options, error, message):
     with pytest.raises(error, match=message):
         function(*arguments, **options)
+
+
+def test_classes_within_the_range_have_finite_gradients():
+    """Confident students and teachers, the cost's range just inside the bound."""
+    torch.manual_seed(0)
+    for classes in (2, 20):
+        cost = torch.rand(classes, classes)
+        cost = cost / (cost.max() - cost.min()) * (0.05 * 39.9)
+        z = (200 * torch.randn(64, classes)).requires_grad_()
+        kd.class_transport(z, 200 * torch.randn(64, classes), cost).backward()
+        assert z.grad.isfinite().all()
+    with pytest.raises(ValueError, match="more than 40 times"):
+        kd.class_transport(z, z, cost * 1.01)
+    kd.class_transport(z.double(), z.double(), cost.double() * 1.4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_small_label_types_do_not_wrap(dtype):
+    label = torch.tensor([156, 3, 199])
+    cost, student, teacher = torch.rand(200, 200), torch.randn(3, 200), torch.randn(3, 200)
+    want = kd.class_transport(student, teacher, cost, label, reduction="none")
+    assert torch.equal(kd.class_transport(student, teacher, cost, label.to(dtype), reduction="none"), want)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_inference_tensors(cost):
+    x = torch.randn(2, 6, 4, requires_grad=True)
+    with torch.inference_mode():
+        y, mask = torch.randn(2, 6, 4), torch.rand(2, 6) < 0.7
+    kd.sequence_transport(x, y, cost=cost, epsilon=0.3, student_mask=mask, teacher_mask=mask).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_an_infinite_state_spoils_its_sequence_only(cost):
+    x, y = torch.randn(3, 6, 4), torch.randn(3, 5, 4)
+    want = kd.sequence_transport(x, y, cost=cost, epsilon=0.3, reduction="none")
+    x[1, 2, 3] = torch.inf
+    got = kd.sequence_transport(x, y, cost=cost, epsilon=0.3, reduction="none")
+    assert got[1].isnan() and torch.equal(got[::2], want[::2])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_cosines_of_states_of_any_size(size):
+    x, y = torch.randn(6, 4), torch.randn(5, 4)
+    want = kd.feature_transport(x, y, epsilon=0.3)
+    assert torch.allclose(kd.feature_transport(size * x, y / size, epsilon=0.3), want, rtol=1e-5)
