@@ -2,7 +2,8 @@
 // over it, in which each row is scaled and at once added to the columns' sums.
 #include "../sinkhorn.h"
 #include "isa.h"
-#include "sinkhorn_adjoint.h"
+#include "sinkhorn_implicit.h"
+#include "sinkhorn_unrolled.h"
 
 namespace kd {
 namespace KD_ISA {
@@ -12,19 +13,21 @@ template <class T>
 class Solver : Transport<T> {
   using Base = Transport<T>;
   using V = Vec<T>;
-  using Base::a_, Base::args_, Base::b_, Base::load_cost, Base::n_, Base::padded_, Base::phi_, Base::psi_;
+  using Base::a_, Base::args_, Base::b_, Base::height_, Base::load_cost, Base::n_, Base::padded_, Base::phi_,
+      Base::psi_, Base::tall_;
 
  public:
   explicit Solver(const Sinkhorn& args)
       : Base(args),
-        entries_(n_ * padded_),
-        least_(n_),
-        u_(n_),
-        next_u_(n_),
+        entries_(height_ * padded_),
+        least_(tall_),
+        u_(tall_),
+        next_u_(tall_),
         v_(padded_),
         columns_(padded_),
         part_(padded_),
-        row_(padded_) {}
+        row_(padded_),
+        row_logs_(tall_) {}
 
   void run(int64_t problem) {
     this->move_to(problem);
@@ -38,7 +41,7 @@ class Solver : Transport<T> {
         args_.domain == kScalingDomain || (args_.domain == kAutoDomain && span <= kScalingRoom * least_epsilon);
     if (scaling) {
       iterate<true>();
-      potentials();
+      potentials(epsilon(), u_.at, v_.at);
     }
     if (!scaling || (args_.domain == kAutoDomain && !finite())) {
       infeasible_ = false;
@@ -63,13 +66,9 @@ class Solver : Transport<T> {
     for (int64_t i = 0; i < n_; ++i) {
       if (a_[i] == 0) continue;
       load_cost(i, row_.at);
-      T least = kInfinity<T>, most = -kInfinity<T>;
-      for (int64_t j = 0; j < padded_; ++j) {
-        least = row_.at[j] < least ? row_.at[j] : least;
-        most = row_.at[j] > most && row_.at[j] < kInfinity<T> ? row_.at[j] : most;
-      }
-      least_.at[i] = least < kInfinity<T> ? least : 0;
-      if (most > -kInfinity<T> && most - least > span) span = most - least;
+      const Range<T> range(row_.at, padded_);
+      least_.at[i] = range.least;
+      if (range.most - range.least > span) span = range.most - range.least;
     }
     return static_cast<double>(span);
   }
@@ -78,9 +77,12 @@ class Solver : Transport<T> {
   template <bool kScaling>
   void build(double epsilon) {
     const V inverse(1.0 / epsilon);
-    for (int64_t i = 0; i < n_; ++i) {
-      if (a_[i] == 0) continue;
+    for (int64_t i = 0; i < height_; ++i) {
       T* row = entries_.at + i * padded_;
+      if (i >= n_ || a_[i] == 0) {
+        for (int64_t j = 0; j < padded_; ++j) row[j] = kScaling ? T(0) : kInfinity<T>;
+        continue;
+      }
       load_cost(i, row);
       const V least(static_cast<double>(least_.at[i]));
       for (int64_t j = 0; j < padded_; j += V::kLanes) {
@@ -140,20 +142,12 @@ class Solver : Transport<T> {
   // u = a / (K v) into next_u_, and the columns' sums of u K. Returns the error that u had.
   double scale_rows() {
     double error = 0.0;
-    columns_.fill(0);
-    part_.fill(0);
-    for (int64_t i = 0; i < n_; ++i) {
-      next_u_.at[i] = 0;
-      if (a_[i] == 0) continue;
-      const T* row = entries_.at + i * padded_;
-      const T sum = dot(row, v_.at, padded_);
+    walk(entries_.at, n_, padded_, v_.at, part_.at, columns_.at, [&](int64_t i, T sum) {
+      if (a_[i] == 0) return next_u_.at[i] = 0;
       infeasible_ = infeasible_ || sum == 0;
       error += __builtin_fabs(static_cast<double>(u_.at[i] * sum - a_[i]));
-      next_u_.at[i] = a_[i] / sum;
-      add_scaled(part_.at, next_u_.at[i], row, padded_);
-      if (i % kBlock == kBlock - 1) flush();
-    }
-    flush();
+      return next_u_.at[i] = a_[i] / sum;
+    });
     return error;
   }
 
@@ -235,15 +229,12 @@ class Solver : Transport<T> {
     return max + __builtin_log(sum);
   }
 
-  // Scalings to potentials.
-  T log_row(int64_t i, double epsilon) const {
-    return static_cast<T>(__builtin_log(static_cast<double>(u_.at[i])) + static_cast<double>(least_.at[i]) / epsilon);
-  }
-
-  void potentials() {
-    for (int64_t i = 0; i < n_; ++i) u_.at[i] = a_[i] == 0 ? -kInfinity<T> : log_row(i, epsilon());
-    for (int64_t j = 0; j < padded_; ++j)
-      v_.at[j] = b_.at[j] > 0 ? static_cast<T>(__builtin_log(static_cast<double>(v_.at[j]))) : -kInfinity<T>;
+  // Scalings to potentials; -inf where an entry is absent.
+  void potentials(double epsilon, T* phi, T* psi) const {
+    const V inverse(1.0 / epsilon);
+    for (int64_t i = 0; i < tall_; i += V::kLanes)
+      fma(V::load(least_.at + i), inverse, log(V::load(u_.at + i))).store(phi + i);
+    for (int64_t j = 0; j < padded_; j += V::kLanes) log(V::load(v_.at + j)).store(psi + j);
   }
 
   template <bool kScaling>
@@ -251,12 +242,14 @@ class Solver : Transport<T> {
     if (!args_.phi_history) return;
     T* phi = static_cast<T*>(args_.phi_history) + (this->problem_ * args_.iterations + step) * n_;
     T* psi = static_cast<T*>(args_.psi_history) + (this->problem_ * args_.iterations + step) * args_.m;
-    const double epsilon = args_.epsilons[step];
-    for (int64_t i = 0; i < n_; ++i) phi[i] = a_[i] == 0 ? -kInfinity<T> : kScaling ? log_row(i, epsilon) : u_.at[i];
-    for (int64_t j = 0; j < args_.m; ++j)
-      psi[j] = !(b_.at[j] > 0) ? -kInfinity<T>
-               : kScaling      ? static_cast<T>(__builtin_log(static_cast<double>(v_.at[j])))
-                               : v_.at[j];
+    const T *rows = u_.at, *columns = v_.at;
+    if (kScaling) {
+      potentials(args_.epsilons[step], row_logs_.at, row_.at);
+      rows = row_logs_.at;
+      columns = row_.at;
+    }
+    for (int64_t i = 0; i < n_; ++i) phi[i] = rows[i];
+    for (int64_t j = 0; j < args_.m; ++j) psi[j] = columns[j];
   }
 
   bool finite() const {
@@ -303,7 +296,7 @@ class Solver : Transport<T> {
   static constexpr int64_t kBlock = 64;
   double* numbers_ = nullptr;
   bool infeasible_ = false;
-  Buffer<T> entries_, least_, u_, next_u_, v_, columns_, part_, row_;
+  Buffer<T> entries_, least_, u_, next_u_, v_, columns_, part_, row_, row_logs_;
 };
 
 template <class Runner>

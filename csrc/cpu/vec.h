@@ -266,32 +266,61 @@ KD_INLINE ExpParts<Vec<T>> exp_parts(Vec<T> x) {
           fma(scale, e.square * e.quotient, fma(scale, e.r, minus_one - x)), e.bounded};
 }
 
-// With w = 2^n (1 + f), s = f / (2 + f): log(1 + f) = 2 atanh(s) and f - log(1 + f) = f s - 2 s^3 (1/3 + s^2/5 + ...).
-// Near w = 1, f is y itself, which has the digits that w has lost.
+// w = 2^n times a mantissa in [sqrt(1/2), sqrt(2)), for normal w > 0.
+template <class T>
+struct ReducedLog {
+  Vec<T> n, mantissa;
+
+  KD_INLINE explicit ReducedLog(Vec<T> w) {
+    using NativeInt = typename Vec<T>::NativeInt;
+    // Taking the bits of sqrt(1/2) away before reading the exponent centres the mantissa on 1.
+    const NativeInt offset = to_bits(w) - to_bits(Vec<T>(0.70710678118654752));
+    const NativeInt exponent = offset >> Traits<T>::kMantissaBits;
+    mantissa = from_bits<T>(to_bits(w) - (exponent << Traits<T>::kMantissaBits));
+    // The exponent as a number: kRound's low mantissa bits hold an integer.
+    typename Vec<T>::Int round_bits;
+    const T round = Traits<T>::kRound;
+    std::memcpy(&round_bits, &round, sizeof round);
+    n = from_bits<T>(exponent + round_bits) - Vec<T>(round);
+  }
+};
+
+// f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)): with s = f / (2 + f), log(1 + f) = 2 atanh(s) and
+// f - log(1 + f) = f s - 2 s^3 (1/3 + s^2/5 + ...).
+template <class T>
+KD_INLINE Vec<T> below_its_tangent(Vec<T> f) {
+  const Vec<T> s = f / (f + Vec<T>(2.0)), square = s * s;
+  Vec<T> sum(2.0 / (2 * Traits<T>::kAtanhTerms + 1));
+#pragma GCC unroll 16
+  for (int i = Traits<T>::kAtanhTerms - 1; i >= 1; --i) sum = fma(sum, square, Vec<T>(2.0 / (2 * i + 1)));
+  return s * (f - square * sum);
+}
+
+template <class T>
+KD_INLINE Vec<T> log_of(Vec<T> n, Vec<T> f, Vec<T> phi) {
+  return fma(n, Vec<T>(Traits<T>::kLn2High), fma(n, Vec<T>(Traits<T>::kLn2Low), f - phi));
+}
+
+// For w <= 1 or a little above. Near w = 1, f is y itself, which has the digits that w has lost.
 template <class T>
 KD_INLINE Log1pParts<Vec<T>> log1p_parts(Vec<T> y, Vec<T> w) {
-  using Constants = Traits<T>;
-  using NativeInt = typename Vec<T>::NativeInt;
-  using Int = typename Vec<T>::Int;
-  const Vec<T> one(1.0), sqrt_half(0.70710678118654752);
-  const auto far = w <= sqrt_half;  // not so for NaN, which y then carries on
-  // Taking the bits of sqrt(1/2) away before reading the exponent centres the mantissa on 1.
-  const NativeInt offset = to_bits(w) - to_bits(sqrt_half);
-  const NativeInt exponent = offset >> Constants::kMantissaBits;
-  const Vec<T> mantissa = from_bits<T>(to_bits(w) - (exponent << Constants::kMantissaBits));
-  // The exponent as a number: kRound's low mantissa bits hold an integer.
-  Int round_bits;
-  const T round = Constants::kRound;
-  std::memcpy(&round_bits, &round, sizeof round);
-  const Vec<T> n = from_bits<T>(exponent + round_bits) - Vec<T>(round);
-  const Vec<T> f = select(far, mantissa - one, y);
-  const Vec<T> s = f / (f + Vec<T>(2.0)), square = s * s;
-  Vec<T> sum(2.0 / (2 * Constants::kAtanhTerms + 1));
-#pragma GCC unroll 16
-  for (int i = Constants::kAtanhTerms - 1; i >= 1; --i) sum = fma(sum, square, Vec<T>(2.0 / (2 * i + 1)));
-  const Vec<T> phi = s * (f - square * sum);
-  const Vec<T> log_far = fma(n, Vec<T>(Constants::kLn2High), fma(n, Vec<T>(Constants::kLn2Low), f - phi));
+  const auto far = w <= Vec<T>(0.70710678118654752);  // not so for NaN, which y then carries on
+  const ReducedLog<T> reduced(w);
+  const Vec<T> f = select(far, reduced.mantissa - Vec<T>(1.0), y), phi = below_its_tangent(f);
+  const Vec<T> log_far = log_of(reduced.n, f, phi);
   return {select(far, log_far, f - phi), select(far, y - log_far, phi)};
+}
+
+// For any w >= 0; infinity and NaN stay.
+template <class T>
+KD_INLINE Vec<T> log(Vec<T> w) {
+  constexpr int kScale = Traits<T>::kMantissaBits + 1;  // makes subnormal numbers normal
+  const auto small = w < Vec<T>(sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
+  const ReducedLog<T> reduced(select(small, w * Vec<T>(static_cast<double>(int64_t{1} << kScale)), w));
+  const Vec<T> f = reduced.mantissa - Vec<T>(1.0);
+  const Vec<T> n = select(small, reduced.n - Vec<T>(kScale), reduced.n);
+  const Vec<T> finite = select(w < Vec<T>(kInfinity<double>), log_of(n, f, below_its_tangent(f)), w);
+  return select(w == Vec<T>(0.0), Vec<T>(-kInfinity<double>), finite);
 }
 
 template <class T>
