@@ -23,12 +23,28 @@ constexpr int kOwn = kVectorBytes == 64 ? 4 : 2;
 constexpr int kOthers = 2;
 
 // 1, -1 or 0; of NaN 1 or -1.
+#if defined(__AVX512F__)
+constexpr int kFirstAndSecondOrThird = 0xEA;  // of three operands' bits, as ternary logic is told
+KD_INLINE Vec<float> sign(Vec<float> x) {
+  const __m512i minus = _mm512_castps_si512((-Vec<float>(0.0)).v), one = _mm512_castps_si512(Vec<float>(1.0).v);
+  const __mmask16 apart = _mm512_cmp_ps_mask(x.v, Vec<float>(0.0).v, _CMP_NEQ_UQ);
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_ternarylogic_epi32(apart, _mm512_castps_si512(x.v), minus, one, kFirstAndSecondOrThird))};
+}
+KD_INLINE Vec<double> sign(Vec<double> x) {
+  const __m512i minus = _mm512_castpd_si512((-Vec<double>(0.0)).v), one = _mm512_castpd_si512(Vec<double>(1.0).v);
+  const __mmask8 apart = _mm512_cmp_pd_mask(x.v, Vec<double>(0.0).v, _CMP_NEQ_UQ);
+  return {_mm512_castsi512_pd(
+      _mm512_maskz_ternarylogic_epi64(apart, _mm512_castpd_si512(x.v), minus, one, kFirstAndSecondOrThird))};
+}
+#else
 template <class T>
 KD_INLINE Vec<T> sign(Vec<T> x) {
   const Vec<T> zero(0.0);
   const auto magnitude = to_bits(Vec<T>(1.0));
   return select(x == zero, zero, from_bits<T>((to_bits(x) & to_bits(-zero)) | magnitude));
 }
+#endif
 
 template <class T>
 KD_INLINE double total(Vec<T> x) {
@@ -130,6 +146,7 @@ class Model : Strip<T> {
 
   // Returns how many entries are filled: whole segments, with zeros at the end.
   int fill(int64_t row, int64_t v, T* tile) {
+    if (row + 1 < this->n_) ask_for<0>(side_.logits, side_.dtype, side_.offsets[row + 1] + v, v);
     this->move_to(row);
     const int entries = this->load(side_, v, z_) * kLanes<T>;
     const V max(statistics_[row * kPairwiseColumns + kPairwiseMax]), inverse(1.0 / side_.temperature[row]);
@@ -139,6 +156,10 @@ class Model : Strip<T> {
     for (int at = 0; at < entries; at += V::kLanes)
       (exp((V::load(z_.at + at) - max) * inverse) * share).store(target + at);
     return entries;
+  }
+
+  void expect_gradient(int64_t row, int64_t v) const {
+    ask_for<1>(side_.grad, side_.grad_dtype, side_.grad_offsets[row] + v, v);
   }
 
   // From the sums of signs, which it overwrites.
@@ -155,6 +176,15 @@ class Model : Strip<T> {
   }
 
  private:
+  // A tile's part of a row, for the cache: the rows of a tile lie too far apart for the hardware to see what is next.
+  template <int kToWrite>
+  void ask_for(const void* base, Dtype dtype, int64_t first, int64_t v) const {
+    const int64_t size = element_size(dtype), left = this->vocab_ - v;
+    const char* at = static_cast<const char*>(base) + first * size;
+    const char* const end = at + (left < kTile<T> ? left : int64_t{kTile<T>}) * size;
+    for (; at < end; at += 64) __builtin_prefetch(at, kToWrite, 2);
+  }
+
   const Side& side_;
   const double* statistics_;
   Block<T> z_;
@@ -248,6 +278,7 @@ class PairwiseRunner {
         live[i] = live[i] || weight != 0.0;
       }
     }
+    for (int i = 0; i < kOwn && first + i < count; ++i) model.expect_gradient(start + first + i, v);
     sum_signs(RowBlock<T, kOwn>(own_tile, start + first, stop), other_tile + start * kTileStride<T>, weights_, count,
               entries, sums_);
     for (int i = 0; i < kOwn && first + i < count; ++i) {
