@@ -135,6 +135,18 @@ def published_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Te
     return (plan * costs).sum((1, 2)).mean()
 
 
+def shared_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Tensor) -> Tensor:
+    """The same by products that all samples share."""
+    left = torch.ones_like(student).scatter_(1, labels[:, None], 0.0)
+    a, b = ((x / TEMPERATURE).masked_fill(left == 0, -math.inf).softmax(1) for x in (student, teacher))
+    kernel = (-cost / EPSILON).exp()
+    u = left / (student.shape[1] - 1)
+    for _ in range(ITERATIONS):
+        v = b / (u @ kernel + 1e-8)
+        u = a / (v @ kernel.t() + 1e-8)
+    return (u * (v @ (kernel * cost).t())).sum(1).mean()
+
+
 def class_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
     generator = torch.Generator(device).manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, device=device)
@@ -146,7 +158,7 @@ def class_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
     def ours(*inputs: Tensor) -> Tensor:
         return need("kd_kernels").class_transport(*inputs, denominator_eps=1e-8)
 
-    return _steps(ours, published_classes, None, [student], [teacher, cost, labels])
+    return _steps(ours, published_classes, shared_classes, [student], [teacher, cost, labels])
 
 
 def published_points(student: Tensor, teacher: Tensor, epsilon: float = 0.1) -> Tensor:
@@ -210,6 +222,25 @@ def published_multi_level(student: Tensor, teacher: Tensor, top_k: int = 50) -> 
     return loss
 
 
+def batched_multi_level(student: Tensor, teacher: Tensor, top_k: int = 50) -> Tensor:
+    """The same without sorted copies, all sequences at once."""
+
+    def kept(z: Tensor) -> Tensor:
+        p = (z / (z.std(dim=-1, keepdim=True) + 1e-4)).softmax(-1)[:, PROMPT:]
+        return p[:, :, p.sum((0, 1)).topk(min(top_k, p.shape[2])).indices]
+
+    q, p = kept(student), kept(teacher)
+    width = max(q.shape[2], p.shape[2])
+    q, p = (F.pad(x, (0, width - x.shape[2])) for x in (q, p))
+    loss = (q - p).abs().sum(-1).mean() - 0.1 * (q.softmax(-1) * p.log_softmax(-1)).sum(-1).mean()
+    cost = torch.cdist((p / 2).softmax(-1), (q / 2).softmax(-1), p=1)
+    plan = (-cost / 0.1).exp()
+    for _ in range(10):
+        plan = plan / plan.sum(2, keepdim=True)
+        plan = plan / plan.sum(1, keepdim=True)
+    return loss + 1e-4 * (plan * cost).sum()
+
+
 def multi_level_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
     """Logits that exist; the teacher's vocabulary is the smaller one."""
     generator = torch.Generator(device).manual_seed(0)
@@ -223,7 +254,7 @@ def multi_level_case(size: RelationalSize, device: str) -> tuple[Case, Step]:
         call = need("kd_kernels").multi_level_transport
         return call(*logits, student_mask=mask, teacher_mask=mask, padding=True, log_of="teacher")
 
-    return _steps(ours, published_multi_level, None, [student], [teacher])
+    return _steps(ours, published_multi_level, batched_multi_level, [student], [teacher])
 
 
 # --- tokens that both vocabularies have ---------------------------------------------------------------

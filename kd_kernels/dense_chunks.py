@@ -22,13 +22,18 @@ from kd_kernels.sources import Head, Logits, Source
 _COPIES = 8
 
 
+def chunk_rows(values: Tensor, vocab: int, dtype: torch.dtype, workspace_bytes: Optional[int]) -> int:
+    """Tokens, one at least, the work on whose ``vocab`` logits fits the workspace."""
+    budget = default_workspace(values.device) if workspace_bytes is None else workspace_bytes
+    return max(1, budget // (_COPIES * vocab * dtype.itemsize))
+
+
 def chunks_of(
     values: Tensor, vocab: int, dtype: torch.dtype, workspace_bytes: Optional[int]
 ) -> tuple[Tensor, ...]:
-    """``values`` ``[N, ...]`` cut so that the work on ``vocab`` logits of each token of a chunk fits the
-    workspace, by one token at least; an empty chunk where there are none: even then there is a gradient."""
-    budget = default_workspace(values.device) if workspace_bytes is None else workspace_bytes
-    return values.split(max(1, budget // (_COPIES * vocab * dtype.itemsize)))
+    """``values`` ``[N, ...]`` in chunks of tokens; an empty one where there are none: even then there is a
+    gradient."""
+    return values.split(chunk_rows(values, vocab, dtype, workspace_bytes))
 
 
 def chunk_logits(source: Source, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,7 +43,9 @@ def chunk_logits(source: Source, values: Tensor, dtype: torch.dtype) -> Tensor:
         values = _Product.apply(values.to(compute), source.weight.to(compute), dtype)
         if source.bias is not None:
             values = values + source.bias
-    return logits_of(Logits(values.to(dtype), source.scale, source.softcap))
+    values = values.to(dtype)
+    shaped = source.scale != 1.0 or source.softcap is not None
+    return logits_of(Logits(values, source.scale, source.softcap)) if shaped else values
 
 
 def by_chunks(function: Callable[..., Tensor], *parts: Sequence[Tensor]) -> Tensor:

@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_kernels.alignment import take_rows
 from kd_kernels.arguments import check_per_token, check_source, detached, refuse_transforms
-from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of
 from kd_kernels.points import check_positive, result_dtype
 from kd_kernels.sources import Source, as_source
+from kd_kernels.standardised import Standardised
 from kd_kernels.transport import sequence_transport
 
 MATCHES, LOGARITHMS = ("order", "nearest"), ("student", "teacher")
-_LEAST_SPREAD = 1e-4  # added to a token's standard deviation, as published
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ def multi_level_transport(
         ValueError, TypeError: an argument that does not fit; the message names it and what would do.
         BackendUnavailable: the named backend cannot serve the call.
 
-    Waits for a GPU, to know how long the answers are. The logits are made twice, a few tokens at a time, and
-    again in the backward pass unless the workspace holds all. Double backward raises; ``torch.func``
+    Waits for a GPU, to know how long the answers are. The logits are made a few tokens at a time, once, and
+    again in the backward pass (and for ``match="nearest"``). Double backward raises; ``torch.func``
     transforms are refused.
 
     Source: Cui et al. 2025, "Multi-Level Optimal Transport for Universal Cross-Tokenizer Knowledge
@@ -166,44 +164,28 @@ class _Side:
     def __init__(
         self, source: Source, mask: Tensor, temperature: float, dtype: torch.dtype, workspace: Optional[int]
     ) -> None:
-        self.source = take_rows(source, mask.reshape(-1).nonzero()[:, 0])
-        self.temperature, self.dtype, self.workspace = temperature, dtype, workspace
+        self.rows = Standardised(source, mask.reshape(-1).nonzero()[:, 0], temperature, dtype, workspace)
+        self.sums = self.rows.measure()
         self.lengths = mask.sum(1)
-        self.longest = int(self.lengths.max()) if len(mask) else 0
+        self.lengths_on_host = self.lengths.tolist()
+        self.longest = max(self.lengths_on_host, default=0)
 
     def present(self, longest: int) -> Tensor:
         return torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
 
-    def _chunks(self) -> tuple[Tensor, ...]:
-        return chunks_of(self.source.tensors()[0], self.source.vocab_size, self.dtype, self.workspace)
-
-    def _probabilities(self, chunk: Tensor) -> Tensor:
-        z = chunk_logits(self.source, chunk, self.dtype)
-        # The standard deviation; torch.std takes several times as long.
-        spread = torch.linalg.vector_norm(z - z.mean(1, keepdim=True), dim=1, keepdim=True)
-        spread = spread / max(z.shape[1] - 1, 1) ** 0.5
-        return (z * (1 / ((spread + _LEAST_SPREAD) * self.temperature))).softmax(1)
-
-    @torch.no_grad()
     def most_probable(self, count: int) -> Tensor:
         """``[B, K]``, the same ids for all samples, largest sum first; among equal ones the smallest id."""
-        sums = self.lengths.new_zeros(self.source.vocab_size, dtype=torch.float64)
-        for chunk in self._chunks():
-            sums += self._probabilities(chunk).sum(0)
-        ids = sums.sort(descending=True, stable=True).indices[:count]
+        ids = self.sums.sort(descending=True, stable=True).indices[:count]
         return ids.expand(len(self.lengths), -1)
 
     @torch.no_grad()
     def nearest(self, wanted: Tensor) -> Tensor:
         """``[B, K]``: for each column of ``wanted`` ``[B, L, K]`` the nearest one not yet taken."""
-        vocab = self.source.vocab_size
+        vocab = len(self.sums)
         ids = self.lengths.new_zeros(len(wanted), min(wanted.shape[2], vocab))
         distance = wanted.new_zeros(*ids.shape, vocab)
         sample, position = self.present(wanted.shape[1]).nonzero().unbind(1)
-        start = 0
-        for chunk in self._chunks():
-            q = self._probabilities(chunk)
-            rows = slice(start, start := start + len(chunk))
+        for rows, q in self.rows.probabilities():
             of_each = wanted[sample[rows], position[rows], : ids.shape[1]]
             for one in sample[rows].unique():
                 here = sample[rows] == one
@@ -215,13 +197,8 @@ class _Side:
 
     def at(self, ids: Tensor, longest: int) -> Tensor:
         """``[B, longest, K]``: probabilities of a sample's ids ``[B, K]`` at its positions, then zeros."""
-
-        def kept(chunk: Tensor, columns: Tensor) -> Tensor:
-            return self._probabilities(chunk).gather(1, columns)
-
-        present, chunks = self.present(longest), self._chunks()
-        columns = ids[present.nonzero()[:, 0]].split(len(chunks[0]) or 1)
-        found = by_chunks(kept, chunks, columns)
+        found = self.rows.kept(ids, self.lengths_on_host)
+        present = self.present(longest)
         return found.new_zeros(*present.shape, ids.shape[1]).index_put((present,), found)
 
 

@@ -1,0 +1,197 @@
+"""The softmax of each token's logits over their own standard deviation, as Multi-Level OT has it: sums over
+tokens, and the probabilities of a few entries with their gradient. Plain torch, a few tokens at a time and in
+place; on the CPU in blocks that stay in its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kd_kernels.arguments import autocast_dtype
+from kd_kernels.dense_chunks import chunk_logits, chunk_rows
+from kd_kernels.sources import Head, Source
+
+LEAST_SPREAD = 1e-4  # added to a token's standard deviation, as published
+_BLOCK = 1 << 18  # numbers: 1 MiB in float32
+# Columns of the statistics: mean and standard deviation of the logits, the largest one less the mean, the
+# factor on logits, and the reciprocal of the sum of exponentials.
+_STATISTICS = 5
+
+
+class Standardised:
+    """``p = softmax(z / ((std z + 1e-4) temperature))`` of some tokens of a source: those whose places among
+    all tokens are ``picked`` ``[N]``. Under autocast heads compute in its dtype."""
+
+    def __init__(
+        self,
+        source: Source,
+        picked: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace_bytes: Optional[int],
+    ) -> None:
+        values, weight, _ = source.tensors()
+        values = values.reshape(-1, values.shape[-1])
+        if isinstance(source, Head):
+            compute = autocast_dtype(source) or values.dtype
+            source = replace(source, hidden=values.to(compute), weight=weight.to(compute))
+        else:
+            source = replace(source, values=values)
+        self.source, self.picked, self.temperature, self.dtype = source, picked, temperature, dtype
+        self.vocab = source.vocab_size
+        self.existing = not isinstance(source, Head)
+        self.block = max(1, _BLOCK // self.vocab) if values.device.type == "cpu" else len(picked)
+        self.rows = chunk_rows(values, self.vocab, dtype, workspace_bytes)
+        if self.existing:  # heads want many rows for their products
+            self.rows = max(1, min(self.rows, self.block))
+        self.statistics = values.new_empty(len(picked), _STATISTICS, dtype=dtype)
+
+    def scratch(self, count: int) -> list[Tensor]:
+        """``[block, V]`` each, for one walk: memory that comes anew would cost more than the work on it."""
+        rows = min(self.block, self.rows, len(self.picked))
+        return [self.statistics.new_empty(rows, self.vocab) for _ in range(count)]
+
+    def chunks(self, scratch: Optional[Tensor] = None) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of ``picked``, and the source's values there; existing logits may be put into ``scratch``."""
+        values = self.source.tensors()[0]
+        reuse = scratch is not None and self.existing and values.dtype == scratch.dtype
+        for start in range(0, len(self.picked), self.rows):
+            rows = slice(start, min(start + self.rows, len(self.picked)))
+            out = scratch[: rows.stop - rows.start] if reuse else None
+            yield rows, torch.index_select(values, 0, self.picked[rows], out=out)
+
+    def blocks(self, rows: slice) -> Iterator[slice]:
+        """Of the rows of a chunk, from its start."""
+        count = rows.stop - rows.start
+        for start in range(0, count, self.block):
+            yield slice(start, min(start + self.block, count))
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """``[V]`` float64: sums of the probabilities over all tokens. Fills in the statistics."""
+        sums = self.statistics.new_zeros(self.vocab, dtype=torch.float64)
+        read, centred = self.scratch(2)
+        for rows, values in self.chunks(read):
+            logits = chunk_logits(self.source, values, self.dtype)
+            for block in self.blocks(rows):
+                sums += self._measure(logits[block], self.statistics[rows][block], centred)
+        return sums
+
+    def _measure(self, logits: Tensor, statistics: Tensor, scratch: Tensor) -> Tensor:
+        mean = logits.mean(1, keepdim=True)
+        centred = torch.sub(logits, mean, out=scratch[: len(logits)])
+        # torch.std takes several times as long.
+        spread = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / max(self.vocab - 1, 1) ** 0.5
+        factor = 1 / ((spread + LEAST_SPREAD) * self.temperature)
+        top = centred.amax(1, keepdim=True)
+        weights = centred.sub_(top).mul_(factor).exp_()
+        share = 1 / weights.sum(1, keepdim=True)
+        torch.cat([mean, spread, top, factor, share], 1, out=statistics)
+        return share[:, 0] @ weights
+
+    @torch.no_grad()
+    def probabilities(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of ``picked`` and ``[n, V]``, of a few tokens each. After :meth:`measure`."""
+        for rows, values in self.chunks():
+            mean, _, top, factor, share = self.statistics[rows].split(1, 1)
+            centred = chunk_logits(self.source, values, self.dtype) - mean
+            yield rows, centred.sub_(top).mul_(factor).exp_().mul_(share)
+
+    def kept(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """``[N, K]``, differentiable: probabilities of ``ids`` ``[B, K]``, each row of which is for as many
+        tokens as ``lengths`` says. After :meth:`measure`."""
+        return _Kept.apply(self, ids, lengths, *self.source.tensors())
+
+    def kept_logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        values, weight, bias = self.source.tensors()
+        found = [values.new_zeros(0, ids.shape[1], dtype=self.dtype)]
+        for rows, wanted in zip(self.picked.split(list(lengths)), ids):
+            if isinstance(self.source, Head):
+                few = replace(self.source, weight=weight[wanted], bias=None if bias is None else bias[wanted])
+                found.append(chunk_logits(few, values[rows], self.dtype))
+            else:
+                found.append(chunk_logits(self.source, values[rows[:, None], wanted], self.dtype))
+        return torch.cat(found)
+
+    def backward(self, ids: Tensor, arriving: Tensor, needs: Sequence[bool]) -> list[Optional[Tensor]]:
+        """Gradients of the source's tensors. ``ids`` and ``arriving`` are ``[N, K]``, the latter what arrives
+        at the probabilities, times these."""
+        tensors = self.source.tensors()
+        # Of parameters: sums over chunks.
+        results = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if needed else None
+            for x, needed in zip(tensors, (False, *needs[1:]))
+        ]
+        if needs[0]:
+            results[0] = torch.empty_like(tensors[0])
+            others = torch.ones(len(tensors[0]), dtype=torch.bool, device=ids.device)
+            results[0][others.index_fill_(0, self.picked, False)] = 0.0
+        read, *scratch = self.scratch(4)
+        for rows, values in self.chunks(read):
+            leaves = [
+                x if x is None else x.detach().requires_grad_(y)
+                for x, y in zip((values, *tensors[1:]), needs)
+            ]
+            with torch.enable_grad():
+                source = self.source
+                if isinstance(source, Head):
+                    source = replace(source, weight=leaves[1], bias=leaves[2])
+                logits = chunk_logits(source, leaves[0], self.dtype)
+            final = logits is leaves[0]  # existing logits, with nothing done to them
+            gradient = None if final else torch.empty_like(logits)
+            for block in self.blocks(rows):
+                of_block = (self.statistics[rows][block], ids[rows][block], arriving[rows][block])
+                one = self._gradient(logits.detach()[block], *of_block, scratch)
+                if gradient is None:
+                    results[0].index_copy_(0, self.picked[rows][block], one)
+                else:
+                    gradient[block] = one
+            if final:
+                continue
+            wanted = [i for i, needed in enumerate(needs) if needed]
+            for i, part in zip(wanted, torch.autograd.grad(logits, [leaves[i] for i in wanted], gradient)):
+                if i == 0:
+                    results[0].index_copy_(0, self.picked[rows], part)
+                else:
+                    results[i].add_(part)
+        return [x if x is None else x.to(like.dtype) for x, like in zip(results, tensors)]
+
+    def _gradient(
+        self, logits: Tensor, statistics: Tensor, ids: Tensor, arriving: Tensor, scratch: Sequence[Tensor]
+    ) -> Tensor:
+        """With ``x = factor z``: ``dx = scatter(arriving) - p sum(arriving)``; z reaches x through the factor
+        too: ``dz = factor dx + c (z - mean)``, ``c = -<dx, z> factor^2 temperature / ((V - 1) std)``."""
+        mean, spread, top, factor, share = statistics.split(1, 1)
+        centred, out, product = (x[: len(logits)] for x in scratch)
+        torch.sub(logits, mean, out=centred)
+        torch.sub(centred, top, out=out).mul_(factor).exp_()
+        out.mul_(arriving.sum(1, keepdim=True).neg_() * share).scatter_add_(1, ids, arriving)
+        along = torch.mul(out, centred, out=product).sum(1, keepdim=True)  # dx sums to 0: centred does
+        through = -along * factor.square() * self.temperature / (max(self.vocab - 1, 1) * spread)
+        # A token whose logits are all the same has no direction in which they spread.
+        return out.mul_(factor).addcmul_(centred, torch.where(spread == 0, 0.0, through))
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, side: Standardised, ids: Tensor, lengths: Sequence[int], *tensors: Optional[Tensor]
+    ) -> Tensor:
+        mean, _, top, factor, share = side.statistics.split(1, 1)
+        found = side.kept_logits(ids, lengths).sub_(mean).sub_(top).mul_(factor).exp_().mul_(share)
+        ctx.side, ctx.lengths = side, lengths
+        ctx.save_for_backward(ids, found, *tensors)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
+        ids, found, *_ = ctx.saved_tensors
+        counts = torch.tensor(ctx.lengths, dtype=torch.int64, device=ids.device)
+        each = ids.repeat_interleave(counts, 0, output_size=len(found))
+        return None, None, None, *ctx.side.backward(each, arriving * found, ctx.needs_input_grad[3:])
