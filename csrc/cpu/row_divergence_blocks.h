@@ -78,8 +78,9 @@ void rescale(const T* old_max, const T* new_max, const T* inverse_temperature, i
   }
 }
 
-// Where the next block stands in memory. In the vocabulary-major layout its steps are a page apart and no
-// hardware prefetcher follows, so the arithmetic asks for each of its lines while it works on this block.
+// Where the next block stands in memory. In the vocabulary-major layout its steps are a page apart, in the other one a
+// block is a page itself; no hardware prefetcher follows into the next page, so the arithmetic asks for each of the
+// block's lines while it works on this one.
 struct Ahead {
   uintptr_t address = 0;
   intptr_t step_bytes = 0;

@@ -205,9 +205,8 @@ class UnrolledAdjoint : Transport<T> {
       V(0.0).store(rows + i);
       exp(V::load(rows_.at + i)).store(own + i);
     }
-    walk(entries_.at, n_, padded_, columns, part_.at, columns_.at, [&](int64_t i, T product) {
-      return rows[i] = a_[i] == 0 ? T(0) : own[i] * row_step(i, own[i] * product);
-    });
+    walk(entries_.at, n_, padded_, columns, part_.at, columns_.at,
+         [&](int64_t i, T product) { return rows[i] = a_[i] == 0 ? T(0) : own[i] * row_step(i, own[i] * product); });
     for (int64_t j = 0; j < padded_; j += V::kLanes)
       (-(V::load(before + j) * V::load(columns_.at + j))).store(d_psi_.at + j);
   }
@@ -242,8 +241,8 @@ class UnrolledAdjoint : Transport<T> {
     for (int64_t j = 0; j < padded_; ++j) d_psi_.at[j] = columns_.at[j];
   }
 
-  Buffer<T> entries_, gradient_, least_, rows_, d_phi_, d_psi_, columns_, part_, psi_, before_, per_b_, cost_, cotangent_,
-      left_, right_;
+  Buffer<T> entries_, gradient_, least_, rows_, d_phi_, d_psi_, columns_, part_, psi_, before_, per_b_, cost_,
+      cotangent_, left_, right_;
   T span_ = 0;
   int64_t used_ = 0;  // factors waiting in left_ and right_
   T *d_a_ = nullptr, *d_b_ = nullptr;

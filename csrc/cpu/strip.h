@@ -41,18 +41,20 @@ class Strip {
     return {v * ld + first_, ld, static_cast<int>(left < kSteps ? left : kSteps), tokens_, tokens_};
   }
 
-  // Row-major blocks follow one another, which the hardware sees by itself.
-  Ahead ahead(const void* base, Dtype dtype, int64_t ld, int64_t v) const {
+  Ahead ahead(const void* base, Dtype dtype, const int64_t* offsets, int64_t ld, int64_t v) const {
     Ahead next;
     next.address = reinterpret_cast<uintptr_t>(base);
-    if (row_major_ || v + kSteps >= vocab_) return next;
+    if (v + block_width() >= vocab_) return next;
+    const BlockShape at = shape(offsets, ld, v + block_width());
     next.number_bytes = element_size(dtype);
-    next.step_bytes = ld * next.number_bytes;
-    next.address += static_cast<uintptr_t>((v + kSteps) * next.step_bytes + first_ * next.number_bytes);
+    next.step_bytes = at.stride * next.number_bytes;
+    next.address += static_cast<uintptr_t>(at.first * next.number_bytes);
     return next;
   }
-  Ahead ahead(const Side& side, int64_t v) const { return ahead(side.logits, side.dtype, side.ld, v); }
-  Ahead ahead_gradient(const Side& side, int64_t v) const { return ahead(side.grad, side.grad_dtype, side.grad_ld, v); }
+  Ahead ahead(const Side& side, int64_t v) const { return ahead(side.logits, side.dtype, side.offsets, side.ld, v); }
+  Ahead ahead_gradient(const Side& side, int64_t v) const {
+    return ahead(side.grad, side.grad_dtype, side.grad_offsets, side.grad_ld, v);
+  }
 
   // Returns the number of steps that the block has.
   int load(const Side& side, int64_t v, Block<T>& z) const {
