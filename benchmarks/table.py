@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
+import gpu_runs
 from benches import BENCHES
 from record import RESULTS, ROOT, Row, read_all
 from registry import Bench
@@ -162,6 +163,13 @@ def scaling_markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def gpu_markdown(results: Path) -> str:
+    found = gpu_runs.latest(results)
+    if found is None:
+        return "Not measured: no result file of a GPU has been committed yet."
+    return gpu_runs.provenance(*found) + "\n\n" + markdown(gpu_runs.HEADER, gpu_runs.lines(found[1]))
+
+
 def readme_section(results: Path = RESULTS) -> str:
     parts = []
     makers = (
@@ -178,7 +186,7 @@ def readme_section(results: Path = RESULTS) -> str:
         parts.append(provenance(files.get("head") or first))
         parts.extend(text for name, make in makers if files.get(name) and (text := make(files[name])))
     if not any("cuda" in machine for machine in machines):
-        parts.append("#### GPU\n\nNot measured: no result file of a GPU has been committed yet.")
+        parts.extend(("#### GPU", gpu_markdown(results)))
     return "\n\n".join(parts)
 
 

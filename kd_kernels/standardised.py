@@ -4,6 +4,8 @@ place; on the CPU in blocks that stay in its cache."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Optional
@@ -16,11 +18,22 @@ from kd_kernels.arguments import autocast_dtype
 from kd_kernels.dense_chunks import chunk_logits, chunk_rows
 from kd_kernels.sources import Head, Source
 
-LEAST_SPREAD = 1e-4  # added to a token's standard deviation, as published
+_LEAST_SPREAD = 1e-4  # added to a token's standard deviation, as published
 _BLOCK = 1 << 18  # numbers: 1 MiB in float32
 # Columns of the statistics: mean and standard deviation of the logits, the largest one less the mean, the
 # factor on logits, and the reciprocal of the sum of exponentials.
 _STATISTICS = 5
+
+
+def _in_its_dtypes(method):
+    """Autocast has had its say: products of float32 here are sums, which must stay so."""
+
+    @functools.wraps(method)
+    def wrapped(self: Standardised, *arguments):
+        with torch.autocast(self.picked.device.type, enabled=False):
+            return method(self, *arguments)
+
+    return wrapped
 
 
 class Standardised:
@@ -56,13 +69,13 @@ class Standardised:
         rows = min(self.block, self.rows, len(self.picked))
         return [self.statistics.new_empty(rows, self.vocab) for _ in range(count)]
 
-    def chunks(self, scratch: Optional[Tensor] = None) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of ``picked``, and the source's values there; existing logits may be put into ``scratch``."""
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of ``picked``, and the source's values there, which the next chunk may overwrite."""
         values = self.source.tensors()[0]
-        reuse = scratch is not None and self.existing and values.dtype == scratch.dtype
+        reused = self.scratch(1)[0] if self.existing and values.dtype == self.dtype else None
         for start in range(0, len(self.picked), self.rows):
             rows = slice(start, min(start + self.rows, len(self.picked)))
-            out = scratch[: rows.stop - rows.start] if reuse else None
+            out = None if reused is None else reused[: rows.stop - rows.start]
             yield rows, torch.index_select(values, 0, self.picked[rows], out=out)
 
     def blocks(self, rows: slice) -> Iterator[slice]:
@@ -72,11 +85,12 @@ class Standardised:
             yield slice(start, min(start + self.block, count))
 
     @torch.no_grad()
+    @_in_its_dtypes
     def measure(self) -> Tensor:
         """``[V]`` float64: sums of the probabilities over all tokens. Fills in the statistics."""
         sums = self.statistics.new_zeros(self.vocab, dtype=torch.float64)
-        read, centred = self.scratch(2)
-        for rows, values in self.chunks(read):
+        (centred,) = self.scratch(1)
+        for rows, values in self.chunks():
             logits = chunk_logits(self.source, values, self.dtype)
             for block in self.blocks(rows):
                 sums += self._measure(logits[block], self.statistics[rows][block], centred)
@@ -87,7 +101,7 @@ class Standardised:
         centred = torch.sub(logits, mean, out=scratch[: len(logits)])
         # torch.std takes several times as long.
         spread = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / max(self.vocab - 1, 1) ** 0.5
-        factor = 1 / ((spread + LEAST_SPREAD) * self.temperature)
+        factor = 1 / ((spread + _LEAST_SPREAD) * self.temperature)
         top = centred.amax(1, keepdim=True)
         weights = centred.sub_(top).mul_(factor).exp_()
         share = 1 / weights.sum(1, keepdim=True)
@@ -107,6 +121,7 @@ class Standardised:
         tokens as ``lengths`` says. After :meth:`measure`."""
         return _Kept.apply(self, ids, lengths, *self.source.tensors())
 
+    @_in_its_dtypes
     def kept_logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         values, weight, bias = self.source.tensors()
         found = [values.new_zeros(0, ids.shape[1], dtype=self.dtype)]
@@ -118,6 +133,19 @@ class Standardised:
                 found.append(chunk_logits(self.source, values[rows[:, None], wanted], self.dtype))
         return torch.cat(found)
 
+    def without_tensors(self) -> Standardised:
+        """What a backward pass may keep: the source's tensors are autograd's to keep, and to let go."""
+        bare = copy.copy(self)
+        bare.source = (type(self.source), self.source.scale, self.source.softcap)
+        return bare
+
+    def with_tensors(self, tensors: Sequence[Optional[Tensor]]) -> Standardised:
+        whole = copy.copy(self)
+        kind, scale, softcap = self.source
+        whole.source = kind(*(x for x in tensors if x is not None), scale=scale, softcap=softcap)
+        return whole
+
+    @_in_its_dtypes
     def backward(self, ids: Tensor, arriving: Tensor, needs: Sequence[bool]) -> list[Optional[Tensor]]:
         """Gradients of the source's tensors. ``ids`` and ``arriving`` are ``[N, K]``, the latter what arrives
         at the probabilities, times these."""
@@ -131,8 +159,8 @@ class Standardised:
             results[0] = torch.empty_like(tensors[0])
             others = torch.ones(len(tensors[0]), dtype=torch.bool, device=ids.device)
             results[0][others.index_fill_(0, self.picked, False)] = 0.0
-        read, *scratch = self.scratch(4)
-        for rows, values in self.chunks(read):
+        scratch = self.scratch(3)
+        for rows, values in self.chunks():
             leaves = [
                 x if x is None else x.detach().requires_grad_(y)
                 for x, y in zip((values, *tensors[1:]), needs)
@@ -184,14 +212,17 @@ class _Kept(torch.autograd.Function):
     ) -> Tensor:
         mean, _, top, factor, share = side.statistics.split(1, 1)
         found = side.kept_logits(ids, lengths).sub_(mean).sub_(top).mul_(factor).exp_().mul_(share)
-        ctx.side, ctx.lengths = side, lengths
+        # A product of fewer columns rounds differently: where logits hardly spread, by more than this allows.
+        found.clamp_(max=1.0)
+        ctx.side, ctx.lengths = side.without_tensors(), lengths
         ctx.save_for_backward(ids, found, *tensors)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
-        ids, found, *_ = ctx.saved_tensors
+        ids, found, *tensors = ctx.saved_tensors
+        side = ctx.side.with_tensors(tensors)
         counts = torch.tensor(ctx.lengths, dtype=torch.int64, device=ids.device)
         each = ids.repeat_interleave(counts, 0, output_size=len(found))
-        return None, None, None, *ctx.side.backward(each, arriving * found, ctx.needs_input_grad[3:])
+        return None, None, None, *side.backward(each, arriving * found, ctx.needs_input_grad[3:])

@@ -1,5 +1,6 @@
 """kd.multi_level_transport against the published loss, written as there over whole tensors, and autograd."""
 
+import gc
 import math
 from itertools import product
 
@@ -172,6 +173,36 @@ def test_autocast_is_that_of_the_heads():
     with torch.autocast("cpu", torch.bfloat16):
         loss = ours(made)
     assert torch.equal(loss, ours(half))
+
+
+@pytest.mark.parametrize("match", ["order", "nearest"])
+def test_autocast_leaves_existing_logits_alone(match):
+    """Sums in bfloat16 would not tell a third of the entries from their neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 16, 300, generator=generator).requires_grad_() for _ in range(2))
+    mask = torch.ones(4, 16, dtype=torch.bool)
+
+    def found():
+        loss = kd.multi_level_transport(student, teacher, student_mask=mask, teacher_mask=mask, match=match)
+        return loss, *torch.autograd.grad(loss, student)
+
+    plain = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(x, y) for x, y in zip(found(), plain))
+
+
+def test_a_backward_pass_lets_go_of_the_logits():
+    made = sides(torch.float32)
+    (hidden, weight, mask), (_, _, other) = made
+    logits = hidden @ weight.t()
+    place = logits.data_ptr()
+    loss = kd.multi_level_transport(
+        logits, made[1][0] @ made[1][1].t(), student_mask=mask, teacher_mask=other
+    )
+    loss.backward()
+    del logits
+    gc.collect()
+    assert not any(type(x) is torch.Tensor and x.data_ptr() == place for x in gc.get_objects())
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,34 @@ def test_absent_entries_and_forbidden_pairs(gradient, domain, shared, backend):
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "unrolled"])
+@SHARED
+def test_scalings_that_only_a_forbidden_pair_keeps_apart(gradient, shared, backend):
+    """A chain of forbidden pairs between the largest scaling of a row and that of a column: their product is
+    beyond float32, and so no factor of a gradient that is 0 there."""
+    n = 6
+    cost = torch.full((n, n), torch.inf).fill_diagonal_(0.0)
+    cost.diagonal(1).fill_(20.0)
+    a = torch.full((2, n), 1 / n)
+    b = a.clone()
+    a[:, 0] += 0.05
+    b[:, -1] += 0.05
+    a, b = (x / x.sum(1, keepdim=True) for x in (a, b))
+    leaf = (cost if shared else cost.repeat(2, 1, 1)).requires_grad_()
+    found = kd.sinkhorn(leaf, a, b, epsilon=1.0, iterations=400, gradient=gradient, backend=backend)
+    (d_cost,) = torch.autograd.grad(found.transport_cost.sum(), leaf)
+    assert d_cost.isfinite().all() and (d_cost[..., cost.isinf()] == 0).all()
+
+
+def test_large_masses_far_apart(backend):
+    mass = 1e12
+    cost = torch.tensor([[0.0, 59.0], [3.0, 1.0]], requires_grad=True)
+    a, b = mass * torch.tensor([1.0, 0.01]), mass * torch.tensor([0.01, 1.0])
+    found = kd.sinkhorn(cost, a, b, epsilon=1.0, iterations=10, gradient="unrolled", backend=backend)
+    (d_cost,) = torch.autograd.grad(found.transport_cost, cost)
+    assert d_cost[0, 1].item() == pytest.approx(9.9e11, rel=1e-3)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unrolled"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_ragged(gradient, order, backend):
     """NaN beyond the lengths, in cost and marginals; their gradient is 0."""

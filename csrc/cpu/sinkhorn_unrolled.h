@@ -78,19 +78,21 @@ class UnrolledAdjoint : Transport<T> {
   // Whether scalings do in the place of their logarithms: one exponential of a cost serves all iterations then.
   bool has_room() {
     if (args_.domain == kLogDomain) return false;
-    V largest(static_cast<double>(span_));  // of all logarithms but those of absent entries
+    V largest(static_cast<double>(span_)), top[2] = {V(0.0), V(0.0)};  // not of absent entries
     const V zero(0.0), infinity(kInfinity<double>);
-    const auto meet = [&](V x) {
+    const auto meet = [&](V x, V& top_of_side) {
       const V size = select(x < zero, -x, x);
       largest = max_or_second(select(size < infinity, size, zero), largest);
+      top_of_side = max_or_second(x, top_of_side);
     };
     for (int64_t step = 0; step < args_.iterations; ++step) {
       read_rows(step);
       this->copy(psi(step), args_.m, psi_.at, T(0));
-      for (int64_t i = 0; i < tall_; i += V::kLanes) meet(V::load(rows_.at + i));
-      for (int64_t j = 0; j < padded_; j += V::kLanes) meet(V::load(psi_.at + j));
+      for (int64_t i = 0; i < tall_; i += V::kLanes) meet(V::load(rows_.at + i), top[0]);
+      for (int64_t j = 0; j < padded_; j += V::kLanes) meet(V::load(psi_.at + j), top[1]);
     }
-    return largest_lane(largest) <= T(kScalingRoom);
+    // Factors of the gradient meet before the kernel makes them small.
+    return largest_lane(largest) <= T(kScalingRoom) && largest_lane(top[0]) + largest_lane(top[1]) <= T(kScalingRoom);
   }
 
   // The rows' logarithms after a step, of the scalings that go with costs above a row's least; -inf where absent.
@@ -162,7 +164,7 @@ class UnrolledAdjoint : Transport<T> {
     if (a_[i] != 0) {
       each_entry<kScaling>(i, [&](int64_t j, V plan, V through) {
         V came = V::load(gradient + j);
-        if (kScaling) came = came * V::load(entries_.at + i * padded_ + j);
+        if (kScaling) came = times_plan(V::load(entries_.at + i * padded_ + j), came);
         fma(came - through, inverse, weight * plan).store(gradient + j);
       });
     }

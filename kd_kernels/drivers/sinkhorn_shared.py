@@ -174,7 +174,8 @@ class _Shared:
         d_cost = self.kernel * (own + spread / self.epsilon) - self.weighted * times_cost / self.epsilon
         if job.d_plan is not None:
             d_cost -= self.by_plan(u, v).sum(0) / self.epsilon
-        job.d_cost.copy_(d_cost)
+        # Where a pair is forbidden the factors of the others may have no bound.
+        job.d_cost.copy_(torch.where(self.kernel == 0, 0.0, d_cost))
 
     def implicit(self) -> None:
         job = self.job
