@@ -67,25 +67,25 @@ def batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, VOCAB, (2, 5), generator=g), torch.randn(2, 5, VOCAB, generator=g)
 
 
-def loss_of(model: nn.Module, rank: int, reduction: str = "mean") -> torch.Tensor:
+def loss_of(model: nn.Module, rank: int, reduction: str = "mean", objective=OBJECTIVE) -> torch.Tensor:
     ids, teacher = batch(rank)
     hidden = kd.last_hidden_state(model, input_ids=ids)
-    return kd.distill(kd.Head.from_model(model, hidden), teacher, OBJECTIVE, reduction=reduction).mean()
+    return kd.distill(kd.Head.from_model(model, hidden), teacher, objective, reduction=reduction).mean()
 
 
-def expected(world: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def expected(world: int, objective=OBJECTIVE) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Each rank's loss, and the gradient of their mean, in one process."""
     model = toy()
-    losses = [loss_of(model, rank) for rank in range(world)]
+    losses = [loss_of(model, rank, objective=objective) for rank in range(world)]
     (sum(losses) / world).backward()
     return [loss.item() for loss in losses], {name: p.grad for name, p in model.named_parameters()}
 
 
-def compare(model: nn.Module, world: int, rank: int, reduction: str = "mean") -> None:
-    losses, gradients = expected(world)
+def compare(model: nn.Module, world: int, rank: int, reduction: str = "mean", objective=OBJECTIVE) -> None:
+    losses, gradients = expected(world, objective)
     for _ in range(2):  # the state that a step leaves behind must serve the next
         model.zero_grad()
-        loss = loss_of(model, rank, reduction)
+        loss = loss_of(model, rank, reduction, objective)
         loss.backward()
         assert abs(loss.item() - losses[rank]) < 1e-6
         seen = set()
@@ -129,6 +129,12 @@ def check_own_group(world, rank, mesh):
 def check_per_token(world, rank, mesh):
     model = toy()
     compare(sharded(model, model.lm_head, mesh=mesh), world, rank, reduction="none")
+
+
+def check_sinkhorn_batch(world, rank, mesh):
+    """Its backward pass always makes the logits again, of a head that is gathered for it."""
+    model = toy()
+    compare(sharded(model, model.lm_head, mesh=mesh), world, rank, objective=kd.SinkhornBatch())
 
 
 def check_gathered_again(world, rank, mesh):

@@ -263,6 +263,23 @@ def test_other_vocabularies_truncated():
         assert error(g, x) < 1e-11
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_that_of_the_heads(dtype):
+    """As heads cast by hand, with gradients in the parameters' own dtype."""
+    _, student, teacher = pair(dtype=torch.float32)
+    narrow = [
+        kd.Head(*(x.to(dtype) for x in head.tensors()), head.scale, head.softcap)
+        for head in (student, teacher)
+    ]
+    objective, options = kd.SinkhornBatch(), {"temperature": 2.0, "teacher_grad": True}
+    with torch.autocast("cpu", dtype):
+        loss = kd.distill(student, teacher, objective, **options)
+    by_hand = kd.distill(*narrow, objective, **options)
+    assert torch.equal(loss, by_hand)
+    for g, x in zip(gradients(loss, student, teacher), gradients(by_hand, student, teacher)):
+        assert g.dtype == torch.float32 and error(g, x) < 2 * torch.finfo(dtype).eps
+
+
 def test_parts():
     batch, student, teacher = pair()
     options = {"labels": batch.labels, "temperature": 2.0, "hard_weight": 0.3, "groups": GROUPS}
