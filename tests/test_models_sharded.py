@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+import warnings
 import weakref
 from datetime import timedelta
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from cases import error
 from torch import nn
 
@@ -453,11 +455,15 @@ def worker(rank: int, world: int, folder: str) -> None:
 
 
 def run_checks(world, tmp_path_factory):
-    """The processes go through all their checks once; each test reads what they said about its own."""
+    """The processes go through all their checks once; each test reads what they said about its own. One that
+    dies on its way out, where gloo's threads race each other, has said all of it by then."""
     if not dist.is_available():
         pytest.skip("this torch is built without distributed")
     folder = tmp_path_factory.mktemp(f"{world}_processes")
-    torch.multiprocessing.spawn(worker, (world, str(folder)), nprocs=world)
+    try:
+        mp.spawn(worker, (world, str(folder)), nprocs=world)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as died:
+        warnings.warn(f"of {world} processes one died: {died}", stacklevel=1)
     return folder
 
 
@@ -484,7 +490,7 @@ def test_four_processes(name, four):
 def read(outcome: Path, world: int, name: str) -> None:
     for rank in range(world):
         said = outcome / f"{name}.{rank}"
-        assert said.exists(), "not reached: an earlier check failed"
+        assert said.exists(), "not reached: an earlier check failed, or its process died"
         if said.read_text().startswith("skip: "):
             pytest.skip(said.read_text()[6:])
         assert said.read_text() == "fine", said.read_text()
