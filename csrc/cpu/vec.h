@@ -180,10 +180,18 @@ KD_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 
 // The larger, and b where either is NaN: the operand order that the hardware's max has.
+#if defined(__AVX512F__)
+KD_INLINE Vec<float> max_or_second(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
+KD_INLINE Vec<double> max_or_second(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.v, b.v)}; }
+#elif defined(__AVX2__)
+KD_INLINE Vec<float> max_or_second(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
+KD_INLINE Vec<double> max_or_second(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v, b.v)}; }
+#else
 template <class T>
 KD_INLINE Vec<T> max_or_second(Vec<T> a, Vec<T> b) {
   return select(a > b, a, b);
 }
+#endif
 
 template <class T>
 KD_INLINE Vec<T> from_bits(typename Vec<T>::NativeInt bits) {
