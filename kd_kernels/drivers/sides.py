@@ -9,7 +9,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from kd_kernels.drivers.workspace import Workspace
+from kd_kernels.drivers.workspace import Workspace, lend
 from kd_kernels.gemm import as_matrix, matmul
 from kd_kernels.rows import Rows
 
@@ -100,7 +100,7 @@ class HeadSide:
             self.d_bias = torch.zeros(model.bias.shape, dtype=self.wide, device=model.bias.device)
 
     def _accumulator(self, like: Tensor) -> Tensor:
-        out = torch.empty(like.shape, dtype=self.wide, device=like.device)
+        out = lend(like.shape, self.wide, like.device)
         out[self.vocab :].zero_()  # entries cut off by vocab="truncate"
         if self.hidden.shape[0] == 0:
             out.zero_()  # no chunk will write it

@@ -1,4 +1,4 @@
-"""Scratch memory that is reused from call to call.
+"""Memory that is reused from call to call.
 
 A fresh buffer per call makes CPU GEMMs two to three times slower (every page is faulted in again), so
 each thread keeps the buffer of its last call. Threads never share one: the store is thread-local, and a
@@ -7,6 +7,9 @@ buffer is taken out of the store while it is in use.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +20,11 @@ from torch import Tensor
 
 _LINE = 64  # bytes: a cache line, an AVX-512 register
 
+# Bytes: below, malloc does not give memory back to the system.
+_LEAST_LENT, _MOST_LENT = 32 << 20, 256 << 20
+
 _store = threading.local()
+_lock = threading.RLock()  # a lease may end on any thread, and while this one holds the lock
 
 
 class Workspace:
@@ -77,6 +84,39 @@ def borrow(size: int, device: torch.device) -> Iterator[Workspace]:
             _store.buffer = buffer
 
 
+def lend(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor whose memory this thread gets back when nothing refers to it any more: for what
+    outlives a walk but no step, such as a weight gradient's accumulator. Small ones, which malloc keeps
+    itself, and very large ones are not kept."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not _LEAST_LENT <= size <= _MOST_LENT:
+        return torch.empty(shape, dtype=dtype, device=device)
+    with _lock:
+        home = vars(_store).setdefault("returned", {})
+        owner = home.pop(size, None)
+        if owner is None:
+            home.clear()  # free another one before the new one is made
+    if owner is None:
+        owner = torch.empty(size, dtype=torch.uint8)
+    lease = _lease(size).from_address(owner.data_ptr())
+    lease.owner, lease.home = owner, home
+    return torch.frombuffer(lease, dtype=dtype).view(shape)
+
+
+@functools.lru_cache(maxsize=8)
+def _lease(size: int) -> type:
+    """What a lent tensor's storage refers to, and lets go of at its end."""
+
+    def come_home(self) -> None:
+        with _lock:
+            self.home.clear()  # one at most
+            self.home[size] = self.owner
+
+    return type("Lease", (ctypes.c_byte * size,), {"__del__": come_home})
+
+
 def release_workspace() -> None:
-    """Free the scratch memory that this thread keeps between calls (at most ``workspace_bytes``)."""
+    """Free the memory that this thread keeps between calls: at most ``workspace_bytes`` of scratch memory,
+    and the last accumulator of a weight's gradient, if that had no more than 256 MiB."""
     _store.buffer = None
+    vars(_store).pop("returned", None)

@@ -1,0 +1,70 @@
+"""Memory that a thread keeps between calls: never one that somebody still looks at."""
+
+import threading
+
+import torch
+
+import kd_kernels as kd
+from kd_kernels.drivers.workspace import lend
+
+SHAPE, CPU = torch.Size([9 << 10, 1 << 10]), torch.device("cpu")  # 36 MiB in float32
+
+
+def lent(shape=SHAPE, dtype=torch.float32) -> torch.Tensor:
+    return lend(shape, dtype, CPU)
+
+
+def test_lent_memory_comes_back_with_the_last_reference():
+    first = lent().fill_(1.0)
+    second = lent().fill_(2.0)
+    assert first.shape == SHAPE and first.dtype == torch.float32 and first.is_contiguous()
+    assert (first == 1).all() and (second == 2).all()
+    place, row = first.data_ptr(), first[7]
+    del first
+    assert lent().data_ptr() != place and (row == 1).all()  # a view holds it
+    del row
+    assert lent().data_ptr() == place
+    assert lent(dtype=torch.float64).data_ptr() != place  # of another size
+
+
+def test_lent_memory_returns_to_the_thread_that_lent_it():
+    mine = lent()
+    place, found = mine.data_ptr(), []
+
+    def elsewhere():
+        found.append(lent().data_ptr())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    holder = [mine]
+    del mine
+    thread = threading.Thread(target=holder.clear)  # as autograd's threads do
+    thread.start()
+    thread.join()
+    assert found[0] != place and lent().data_ptr() == place
+
+
+def test_released_memory_is_not_lent_again():
+    kept = lent()
+    kd.release_workspace()
+    del kept  # on loan while it was released: freed, not kept
+    from kd_kernels.drivers import workspace
+
+    assert not vars(workspace._store).get("returned")
+
+
+def test_gradients_of_several_steps_at_once():
+    """Accumulators of losses whose backward passes are yet to come, in any order, and twice."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 16).requires_grad_(), torch.randn(1 << 19, 16).requires_grad_()
+    teachers = [torch.randn(6, 1 << 19) for _ in range(2)]
+
+    def loss(teacher):
+        return kd.distill(kd.Head(hidden, weight), teacher, kd.ForwardKL())
+
+    alone = [torch.autograd.grad(loss(teacher), weight)[0] for teacher in teachers]
+    for _ in range(2):
+        pending = [loss(teacher) for teacher in teachers]
+        for i in (1, 0, 1):
+            assert torch.equal(torch.autograd.grad(pending[i], weight, retain_graph=True)[0], alone[i])
