@@ -159,11 +159,11 @@ def flat_ids(name: str, ids: Tensor, ignore_index: int, lead: torch.Size, device
 
 
 def number(value: float) -> Tensor:
-    """A 0-d float64 tensor on CPU. A graph being compiled takes a changing number through tensor
-    arithmetic without recompiling, but makes a constant of it in ``torch.tensor(value)``."""
+    """A 0-d float64 tensor on CPU, whatever the default device. A graph being compiled takes a changing
+    number through tensor arithmetic without recompiling, but makes a constant of ``torch.tensor(value)``."""
     if torch.compiler.is_compiling():
-        return torch.zeros((), dtype=torch.float64) + value
-    return torch.tensor(value, dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu") + value
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:

@@ -119,7 +119,7 @@ def sorted_l1(job: SortedL1Job) -> None:
     args.hard_weight, args.hard_logz = _address(job.hard_weight), _address(job.hard_logz)
     args.labels = _address(job.labels)
     args.threads = min(torch.get_num_threads(), max(job.n, 1))
-    scratch = torch.empty(args.threads * native.sorted_l1_scratch(args), dtype=torch.uint8)
+    scratch = torch.empty(args.threads * native.sorted_l1_scratch(args), dtype=torch.uint8, device="cpu")
     args.scratch = scratch.data_ptr()
     native.sorted_l1(args)
 

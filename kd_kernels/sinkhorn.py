@@ -129,7 +129,7 @@ def sinkhorn(
     ahead = [float(e) for e in epsilon_schedule or ()]
     if any(not 0 < e < float("inf") for e in ahead):
         raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
-    epsilons = torch.cat([torch.tensor(ahead, dtype=torch.float64), number(epsilon).expand(steps)])
+    epsilons = torch.cat([*(number(e)[None] for e in ahead), number(epsilon).expand(steps)])
     limit = 0.0 if exact else _TOLERANCES[state] if tolerance is None else tolerance
     phi, psi, transport, value, plan, found, *_ = _op(
         saveable(cost),

@@ -154,9 +154,11 @@ def linear_topk(
             )
         flat = flat_ids("targets", targets, ignore_index, lead, device)
     if seed is None:
-        seed_of_draws = torch.randint(1 << 62, ()) if samples else torch.zeros((), dtype=torch.int64)
+        seed_of_draws = torch.zeros((), dtype=torch.int64, device="cpu")
+        if samples:
+            seed_of_draws.random_(1 << 62)
     elif isinstance(seed, int) and not isinstance(seed, bool):
-        seed_of_draws = torch.tensor(seed % (1 << 63))
+        seed_of_draws = torch.tensor(seed % (1 << 63), device="cpu")
     else:
         raise TypeError(f"seed must be an int or None, got {seed!r}")
     ids, values, statistics, target_values, ranks, draws = _call(
@@ -234,7 +236,7 @@ def linear_rank(
         _check_count("k", k, source.vocab_size)
     lead, device = source.leading_shape, source.tensors()[0].device
     flat = flat_ids("ids", ids, ignore_index, lead, device)
-    seed, one = torch.zeros((), dtype=torch.int64), torch.ones(1, dtype=torch.float64)
+    seed, one = torch.zeros((), dtype=torch.int64, device="cpu"), number(1.0)[None]
     found = _call(source, flat, one, seed, 0, 0, ignore_index, backend, logits_dtype, workspace_bytes)
     _, _, statistics, values, ranks, _ = found
     ranks = torch.where(_undefined(statistics), 0, ranks)

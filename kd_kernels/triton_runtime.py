@@ -116,7 +116,7 @@ def why_not(device: torch.device) -> list[str]:
 
 def split(value: float) -> tuple[float, float]:
     """``value`` as two numbers that survive as float32, the type in which Triton passes floats."""
-    high = torch.tensor(value, dtype=torch.float32).item()
+    high = torch.tensor(value, dtype=torch.float32, device="cpu").item()
     return high, value - high if abs(value) < float("inf") else 0.0
 
 

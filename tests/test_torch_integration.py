@@ -275,3 +275,49 @@ def test_checkpointed_losses_between_rows(loss, reentrant):
     (want,) = torch.autograd.grad(loss(x, y), x)
     torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=reentrant).backward()
     assert torch.equal(x.grad, want)
+
+
+def test_another_default_device():
+    """What is made inside lies with the inputs, or on the host, wherever torch would put a new tensor."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    hidden, weight, other = randn(2, 5, 8), randn(40, 8), randn(2, 5, 40)
+    head, mask, points = kd.Head(hidden, weight), torch.ones(2, 5, dtype=torch.bool), randn(2, 6, 4)
+    labels = torch.randint(40, (2, 5), generator=generator)
+    logprobs, ids = other.log_softmax(-1).topk(4)
+    cost, matches = torch.cdist(*points), torch.tensor([[1, 2], [3, 4]])
+    calls = {
+        "objective": lambda: kd.distill(head, other, kd.JensenShannon(0.3), labels=labels, hard_weight=0.5),
+        "sparse": lambda: kd.distill(head, kd.SparseTarget(ids, logprobs), kd.ForwardKL()),
+        "sorted": lambda: kd.distill(head, other[..., :30], kd.SortedWasserstein()),
+        "sinkhorn batch": lambda: kd.distill(head, other, kd.SinkhornBatch()),
+        "sinkhorn": lambda: kd.sinkhorn(cost, epsilon=0.5, epsilon_schedule=[2.0]).transport_cost,
+        "features": lambda: kd.feature_transport(*points, epsilon=0.5),
+        "classes": lambda: kd.class_transport(points[0], points[1], cost[:4, :4], epsilon=1.0),
+        "distance": lambda: kd.relational_distance(*points),
+        "angle": lambda: kd.relational_angle(*points),
+        "levels": lambda: kd.multi_level_transport(head, other, student_mask=mask, teacher_mask=mask),
+        "hybrid": lambda: kd.hybrid_uld(head, other, matches),
+        "logprobs": lambda: kd.linear_logprobs(head, labels),
+        "ranks": lambda: kd.linear_rank(head, labels, k=3),
+        "top-k": lambda: kd.linear_topk(head, 3, samples=5, seed=1),
+        "score": lambda: kd.score(head, other, labels=labels),
+    }
+    for name, call in calls.items():
+        want = call()
+        with torch.device("meta"):
+            found = call()
+        torch.testing.assert_close(tensors(found), tensors(want), rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def tensors(result):
+    """All that a call returned."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if result is None or isinstance(result, (int, float, str, bool)):
+        return []
+    inner = result if isinstance(result, (tuple, list)) else vars(result).values()
+    return [x for part in inner for x in tensors(part)]

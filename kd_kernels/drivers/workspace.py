@@ -24,7 +24,6 @@ _LINE = 64  # bytes: a cache line, an AVX-512 register
 _LEAST_LENT, _MOST_LENT = 32 << 20, 256 << 20
 
 _store = threading.local()
-_lock = threading.RLock()  # a lease may end on any thread, and while this one holds the lock
 
 
 class Workspace:
@@ -91,13 +90,13 @@ def lend(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not _LEAST_LENT <= size <= _MOST_LENT:
         return torch.empty(shape, dtype=dtype, device=device)
-    with _lock:
-        home = vars(_store).setdefault("returned", {})
-        owner = home.pop(size, None)
-        if owner is None:
-            home.clear()  # free another one before the new one is made
+    # A lease may end on any thread, at any allocation of this one: each step here is one of the dict's own.
+    # A lock could be held by a thread that a forked process does not have.
+    home = vars(_store).setdefault("returned", {})
+    owner = home.pop(size, None)
     if owner is None:
-        owner = torch.empty(size, dtype=torch.uint8)
+        home.clear()  # free another one before the new one is made
+        owner = torch.empty(size, dtype=torch.uint8, device=device)
     lease = _lease(size).from_address(owner.data_ptr())
     lease.owner, lease.home = owner, home
     return torch.frombuffer(lease, dtype=dtype).view(shape)
@@ -108,9 +107,8 @@ def _lease(size: int) -> type:
     """What a lent tensor's storage refers to, and lets go of at its end."""
 
     def come_home(self) -> None:
-        with _lock:
-            self.home.clear()  # one at most
-            self.home[size] = self.owner
+        self.home.clear()  # one is enough
+        self.home[size] = self.owner
 
     return type("Lease", (ctypes.c_byte * size,), {"__del__": come_home})
 

@@ -13,7 +13,7 @@ from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, chec
 
 
 def _check_values(call: Scoring) -> None:
-    check_temperatures("temperature", torch.tensor([call.temperature], dtype=torch.float64))  # on the host
+    check_temperatures("temperature", torch.tensor([call.temperature], dtype=torch.float64, device="cpu"))
     if call.labels is not None and checks_values(call.device):
         labels = call.labels if call.rows is None else call.labels[call.rows]
         check_range("labels", labels, call.vocab, otherwise=IGNORED)
