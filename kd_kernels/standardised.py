@@ -112,9 +112,8 @@ class Standardised:
     def probabilities(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of ``picked`` and ``[n, V]``, of a few tokens each. After :meth:`measure`."""
         for rows, values in self.chunks():
-            mean, _, top, factor, share = self.statistics[rows].split(1, 1)
-            centred = chunk_logits(self.source, values, self.dtype) - mean
-            yield rows, centred.sub_(top).mul_(factor).exp_().mul_(share)
+            logits = chunk_logits(self.source, values, self.dtype)
+            yield rows, _probabilities(logits, self.statistics[rows])
 
     def kept(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """``[N, K]``, differentiable: probabilities of ``ids`` ``[B, K]``, each row of which is for as many
@@ -136,13 +135,14 @@ class Standardised:
     def without_tensors(self) -> Standardised:
         """What a backward pass may keep: the source's tensors are autograd's to keep, and to let go."""
         bare = copy.copy(self)
-        bare.source = (type(self.source), self.source.scale, self.source.softcap)
+        bare.source = functools.partial(
+            type(self.source), scale=self.source.scale, softcap=self.source.softcap
+        )
         return bare
 
     def with_tensors(self, tensors: Sequence[Optional[Tensor]]) -> Standardised:
         whole = copy.copy(self)
-        kind, scale, softcap = self.source
-        whole.source = kind(*(x for x in tensors if x is not None), scale=scale, softcap=softcap)
+        whole.source = self.source(*(x for x in tensors if x is not None))
         return whole
 
     @_in_its_dtypes
@@ -205,13 +205,18 @@ class Standardised:
         return out.mul_(factor).addcmul_(centred, torch.where(spread == 0, 0.0, through))
 
 
+def _probabilities(logits: Tensor, statistics: Tensor) -> Tensor:
+    """Of all entries or of some, ``[n, ...]``."""
+    mean, _, top, factor, share = statistics.split(1, 1)
+    return (logits - mean).sub_(top).mul_(factor).exp_().mul_(share)
+
+
 class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, side: Standardised, ids: Tensor, lengths: Sequence[int], *tensors: Optional[Tensor]
     ) -> Tensor:
-        mean, _, top, factor, share = side.statistics.split(1, 1)
-        found = side.kept_logits(ids, lengths).sub_(mean).sub_(top).mul_(factor).exp_().mul_(share)
+        found = _probabilities(side.kept_logits(ids, lengths), side.statistics)
         # A product of fewer columns rounds differently: where logits hardly spread, by more than this allows.
         found.clamp_(max=1.0)
         ctx.side, ctx.lengths = side.without_tensors(), lengths

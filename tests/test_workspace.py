@@ -5,13 +5,13 @@ import threading
 import torch
 
 import kd_kernels as kd
-from kd_kernels.drivers.workspace import lend
+from kd_kernels.drivers import workspace
 
 SHAPE, CPU = torch.Size([9 << 10, 1 << 10]), torch.device("cpu")  # 36 MiB in float32
 
 
 def lent(shape=SHAPE, dtype=torch.float32) -> torch.Tensor:
-    return lend(shape, dtype, CPU)
+    return workspace.lend(shape, dtype, CPU)
 
 
 def test_lent_memory_comes_back_with_the_last_reference():
@@ -49,8 +49,6 @@ def test_released_memory_is_not_lent_again():
     kept = lent()
     kd.release_workspace()
     del kept  # on loan while it was released: freed, not kept
-    from kd_kernels.drivers import workspace
-
     assert not vars(workspace._store).get("returned")
 
 

@@ -39,7 +39,7 @@ class ImplicitAdjoint : Transport<T> {
     T* d_a = static_cast<T*>(args_.d_a) + problem * n_;
     T* d_b = static_cast<T*>(args_.d_b) + problem * args_.m;
     for (int64_t j = 0; j < args_.m; ++j) d_b[j] = static_cast<T>(y_.at[j]);
-    const double inverse = 1.0 / epsilon();
+    const double inverse = 1.0 / this->epsilon();
     const double weight = this->number(args_.d_transport) + this->number(args_.d_value);
     for (int64_t i = 0; i < n_; ++i) {
       T* out = static_cast<T*>(args_.d_cost) + at_row(i);
@@ -52,10 +52,8 @@ class ImplicitAdjoint : Transport<T> {
   }
 
  private:
-  double epsilon() const { return args_.epsilons[args_.iterations - 1]; }
-
   void begin() {
-    const double inverse = 1.0 / epsilon(), weight = this->number(args_.d_transport);
+    const double inverse = 1.0 / this->epsilon(), weight = this->number(args_.d_transport);
     columns_.fill(0);
     residual_.fill(0);
     for (int64_t j = 0; j < padded_; ++j)

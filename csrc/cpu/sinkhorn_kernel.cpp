@@ -13,8 +13,8 @@ template <class T>
 class Solver : Transport<T> {
   using Base = Transport<T>;
   using V = Vec<T>;
-  using Base::a_, Base::args_, Base::b_, Base::height_, Base::load_cost, Base::n_, Base::padded_, Base::phi_,
-      Base::psi_, Base::tall_;
+  using Base::a_, Base::args_, Base::b_, Base::epsilon, Base::height_, Base::load_cost, Base::n_, Base::padded_,
+      Base::phi_, Base::psi_, Base::tall_;
 
  public:
   explicit Solver(const Sinkhorn& args)
@@ -57,8 +57,6 @@ class Solver : Transport<T> {
   }
 
  private:
-  double epsilon() const { return args_.epsilons[args_.iterations - 1]; }
-
   // Each row's least cost, and by how much the costs of a row exceed it at most.
   double measure() {
     T span = 0;
@@ -240,8 +238,7 @@ class Solver : Transport<T> {
   template <bool kScaling>
   void remember(int64_t step) {
     if (!args_.phi_history) return;
-    T* phi = static_cast<T*>(args_.phi_history) + (this->problem_ * args_.iterations + step) * n_;
-    T* psi = static_cast<T*>(args_.psi_history) + (this->problem_ * args_.iterations + step) * args_.m;
+    T *phi = this->phi_after(step), *psi = this->psi_after(step);
     const T *rows = u_.at, *columns = v_.at;
     if (kScaling) {
       potentials(args_.epsilons[step], row_logs_.at, row_.at);

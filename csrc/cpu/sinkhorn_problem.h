@@ -220,6 +220,16 @@ class Transport {
     copy(static_cast<const T*>(args_.b) + problem * args_.m, args_.m, b_.at, T(0));
   }
 
+  double epsilon() const { return args_.epsilons[args_.iterations - 1]; }
+
+  // The logarithms that an iteration left, where they are kept.
+  T* phi_after(int64_t step) const {
+    return static_cast<T*>(args_.phi_history) + (problem_ * args_.iterations + step) * n_;
+  }
+  T* psi_after(int64_t step) const {
+    return static_cast<T*>(args_.psi_history) + (problem_ * args_.iterations + step) * args_.m;
+  }
+
   // `size` numbers and padding.
   void copy(const T* source, int64_t size, T* target, T padding) const {
     for (int64_t j = 0; j < padded_; ++j) target[j] = j < size ? source[j] : padding;

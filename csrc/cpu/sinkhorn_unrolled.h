@@ -47,19 +47,10 @@ class UnrolledAdjoint : Transport<T> {
  private:
   static constexpr int64_t kRank = 64;
 
-  double epsilon() const { return args_.epsilons[args_.iterations - 1]; }
-
-  const T* phi(int64_t step) const {
-    return static_cast<const T*>(args_.phi_history) + (this->problem_ * args_.iterations + step) * n_;
-  }
-  const T* psi(int64_t step) const {
-    return static_cast<const T*>(args_.psi_history) + (this->problem_ * args_.iterations + step) * args_.m;
-  }
-
   // Costs over epsilon, the least of each row and what a row spans at most.
   void load() {
     span_ = 0;
-    const V inverse(1.0 / epsilon());
+    const V inverse(1.0 / this->epsilon());
     for (int64_t i = 0; i < height_; ++i) {
       T* scaled = entries_.at + i * padded_;
       if (i >= n_ || a_[i] == 0) {
@@ -87,7 +78,7 @@ class UnrolledAdjoint : Transport<T> {
     };
     for (int64_t step = 0; step < args_.iterations; ++step) {
       read_rows(step);
-      this->copy(psi(step), args_.m, psi_.at, T(0));
+      this->copy(this->psi_after(step), args_.m, psi_.at, T(0));
       for (int64_t i = 0; i < tall_; i += V::kLanes) meet(V::load(rows_.at + i), top[0]);
       for (int64_t j = 0; j < padded_; j += V::kLanes) meet(V::load(psi_.at + j), top[1]);
     }
@@ -98,7 +89,7 @@ class UnrolledAdjoint : Transport<T> {
   // The rows' logarithms after a step, of the scalings that go with costs above a row's least; -inf where absent.
   void read_rows(int64_t step) {
     for (int64_t i = 0; i < tall_; ++i)
-      rows_.at[i] = i < n_ && a_[i] != 0 ? phi(step)[i] - least_.at[i] : -kInfinity<T>;
+      rows_.at[i] = i < n_ && a_[i] != 0 ? this->phi_after(step)[i] - least_.at[i] : -kInfinity<T>;
   }
 
   template <bool kScaling>
@@ -160,7 +151,7 @@ class UnrolledAdjoint : Transport<T> {
   template <bool kScaling>
   void write(int64_t i) {
     T *out = static_cast<T*>(args_.d_cost) + at_row(i), *gradient = gradient_.at + i * padded_;
-    const V weight(this->number(args_.d_transport)), inverse(1.0 / epsilon());
+    const V weight(this->number(args_.d_transport)), inverse(1.0 / this->epsilon());
     if (a_[i] != 0) {
       each_entry<kScaling>(i, [&](int64_t j, V plan, V through) {
         V came = V::load(gradient + j);
@@ -173,9 +164,9 @@ class UnrolledAdjoint : Transport<T> {
 
   // The columns' logarithms before and after a step, and what arrives at them over their marginals.
   void read_columns(int64_t step) {
-    this->copy(psi(step), args_.m, psi_.at, -kInfinity<T>);
+    this->copy(this->psi_after(step), args_.m, psi_.at, -kInfinity<T>);
     if (step > 0) {
-      this->copy(psi(step - 1), args_.m, before_.at, -kInfinity<T>);
+      this->copy(this->psi_after(step - 1), args_.m, before_.at, -kInfinity<T>);
     } else {
       for (int64_t j = 0; j < padded_; ++j) before_.at[j] = b_.at[j] > 0 ? T(0) : -kInfinity<T>;
     }
@@ -226,7 +217,7 @@ class UnrolledAdjoint : Transport<T> {
       if (a_[i] == 0) continue;
       const T* scaled = entries_.at + i * padded_;
       T* gradient = gradient_.at + i * padded_;
-      const V own(static_cast<double>(phi(step)[i]));
+      const V own(static_cast<double>(this->phi_after(step)[i]));
       V sums(0.0);
       for (int64_t j = 0; j < padded_; j += V::kLanes) {
         const V column = plan_entry(own, V::load(psi_.at + j), V::load(scaled + j)) * V::load(per_b_.at + j);
