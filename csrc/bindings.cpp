@@ -4,6 +4,7 @@
 #include "angle.h"
 #include "gather.h"
 #include "gemm.h"
+#include "half_step.h"
 #include "pairwise_l1.h"
 #include "row_divergence.h"
 #include "sinkhorn.h"
@@ -15,7 +16,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change to this file's signatures; kd_kernels/native.py compares.
-constexpr int kAbiVersion = 6;
+constexpr int kAbiVersion = 7;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -203,6 +204,27 @@ void def_angle(py::module_& module) {
   module.def("angle", &kd::angle, py::arg("args"), py::call_guard<py::gil_scoped_release>());
 }
 
+void def_half_step(py::module_& module) {
+  using kd::HalfStep;
+  py::class_<HalfStep> args(module, "HalfStep");
+  args.def(py::init<>());
+  args.def_readwrite("count", &HalfStep::count);
+  args.def_readwrite("n", &HalfStep::n);
+  args.def_readwrite("m", &HalfStep::m);
+  args.def_readwrite("wide", &HalfStep::wide);
+  args.def_readwrite("transposed", &HalfStep::transposed);
+  args.def_readwrite("divide", &HalfStep::divide);
+  def_pointer(args, "kernel", &HalfStep::kernel);
+  args.def_readwrite("ld", &HalfStep::ld);
+  def_pointer(args, "x", &HalfStep::x);
+  def_pointer(args, "weight", &HalfStep::weight);
+  def_pointer(args, "extra", &HalfStep::extra);
+  def_pointer(args, "out", &HalfStep::out);
+  args.def_readwrite("threads", &HalfStep::threads);
+
+  module.def("half_step", &kd::half_step, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+}
+
 void def_sinkhorn(py::module_& module) {
   using kd::Sinkhorn;
   py::class_<Sinkhorn> args(module, "Sinkhorn");
@@ -273,6 +295,7 @@ PYBIND11_MODULE(_native, module) {
   def_row_divergence(module);
   def_gather(module);
   def_pairwise_l1(module);
+  def_half_step(module);
   def_sinkhorn(module);
   def_sorted_l1(module);
   def_topk(module);

@@ -16,6 +16,7 @@ import torch
 from kd_kernels import native, native_cuda, triton_runtime, triton_transport
 from kd_kernels.reference.angle import angle as reference_angle
 from kd_kernels.reference.gather import gather as reference_gather
+from kd_kernels.reference.half_step import half_step as reference_half_step
 from kd_kernels.reference.pairwise_l1 import pairwise_l1 as reference_pairwise_l1
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
 from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
@@ -80,6 +81,12 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_transport.pairwise_l1, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_pairwise_l1, lambda device: []),
+    },
+    "half_step": {
+        "cpu": (native.half_step, _cpu_objections),
+        "triton": (triton_transport.half_step, triton_runtime.why_not),
+        "cuda": (None, _not_built),
+        "reference": (reference_half_step, lambda device: []),
     },
     "sinkhorn": {
         "cpu": (native.sinkhorn, _cpu_objections),

@@ -11,13 +11,13 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.problems import SinkhornJob
+from kd_kernels.problems import HalfStepJob, SinkhornJob
 from kd_kernels.rows import AngleJob, GatherJob, PairwiseL1Job, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-_ABI_VERSION = 6  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_ABI_VERSION = 7  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
 _REBUILD = "run `pip install .` in the source tree with a C++ compiler"
 
 
@@ -140,6 +140,19 @@ def sinkhorn(job: SinkhornJob, phases: int) -> None:
         setattr(args, name, _address(getattr(job, name)))
     args.threads = torch.get_num_threads()
     native.sinkhorn(args, phases)
+
+
+def half_step(job: HalfStepJob) -> None:
+    """:func:`kd_kernels.reference.half_step`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.HalfStep()
+    args.count, (args.n, args.m), args.ld = job.x.shape[0], job.kernel.shape, job.kernel.stride(0)
+    args.wide = job.kernel.dtype == torch.float64
+    args.transposed, args.divide = job.transposed, job.divide
+    for name in ("kernel", "x", "weight", "extra", "out"):
+        setattr(args, name, _address(getattr(job, name)))
+    args.threads = torch.get_num_threads()
+    native.half_step(args)
 
 
 def topk(job: TopkJob) -> None:

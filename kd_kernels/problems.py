@@ -47,6 +47,19 @@ def room(dtype: torch.dtype) -> float:
     return -math.log(torch.finfo(dtype).tiny)
 
 
+def reach(cost: Tensor) -> Tensor:
+    """``[n]`` float64: how far a row of costs ``[n, m]`` goes above its least one, infinite ones left out."""
+    least, most = cost.amin(1), cost.amax(1)
+    if cost.device.type != "cpu" or bool((most == math.inf).any()):  # looking would wait, memory would not
+        most = torch.where(cost < math.inf, cost, -math.inf).amax(1)
+    return most.double() - least.double()
+
+
+def fits_scalings(cost: Tensor, epsilon: float) -> bool:
+    """Whether a cost [n, m] leaves scalings room; waits for the device."""
+    return not bool((reach(cost) > SCALING_ROOM * epsilon).any())
+
+
 @dataclass
 class SinkhornJob:
     """B problems of one size. Floats are float32, float64 for float64 costs ("the state's dtype") unless said
@@ -79,6 +92,9 @@ class SinkhornJob:
     d_cost: Optional[Tensor] = None  # [B, n, m]
     d_a: Optional[Tensor] = None  # [B, n]
     d_b: Optional[Tensor] = None  # [B, m]
+    # Added to the denominators of scalings (of ``exp(-C / epsilon)``), which start at equal shares then; only
+    # where drivers/sinkhorn_shared.py iterates.
+    denominator: float = 0.0
 
     def looks(self, step: int) -> bool:
         """Whether the tolerance is looked at before ``step``."""
@@ -91,3 +107,21 @@ class SinkhornJob:
     @property
     def iterations(self) -> int:
         return self.epsilons.numel()
+
+
+@dataclass
+class HalfStepJob:
+    """One half-step of all problems that share a cost, whose kernel ``K = exp(-C / epsilon)`` is given.
+
+    With ``s = x K'``, or ``x K`` if ``transposed``, ``out`` is ``weight / (s + extra)``, 0 where the weight
+    or that denominator is; or, where it does not ``divide``, ``weight s``. float32 or float64, all the same;
+    contiguous but for the rows of ``kernel``.
+    """
+
+    kernel: Tensor  # [n, m], columns contiguous
+    x: Tensor  # [B, m]; transposed: [B, n]
+    weight: Tensor  # [B, n]; transposed: [B, m]
+    out: Tensor  # as weight
+    transposed: bool
+    divide: bool
+    extra: Optional[Tensor] = None  # [n]; transposed: [m]

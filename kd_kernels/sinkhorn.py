@@ -137,6 +137,7 @@ def sinkhorn(
         saveable(b),
         epsilons,
         number(limit),
+        number(0.0),
         P.DOMAINS.index(domain),
         order == ORDERS[1],
         gradient == "unrolled",
@@ -196,6 +197,35 @@ def sinkhorn_divergence(
 
     own = value(cost_a, a, a, of_rows, of_rows) + value(cost_b, b, b, of_columns, of_columns)
     return value(cost, a, b, of_rows, of_columns) - own / 2
+
+
+def class_cost(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    epsilon: float,
+    iterations: int,
+    domain: str,
+    order: str,
+    denominator: float,
+    backend: Optional[str],
+) -> Tensor:
+    """``<P, C>`` ``[B]`` of one cost ``[n, m]`` for all, differentiated through the iterations, as published
+    losses have it: with a number added to every denominator, and scalings that start at equal shares."""
+    _check_options(cost, domain, order, "probability", "unrolled", backend)
+    transport: Tensor = _op(
+        *(saveable(x) for x in (cost, a, b)),
+        number(epsilon).repeat(iterations),
+        number(0.0),
+        number(denominator),
+        P.DOMAINS.index(domain),
+        order == ORDERS[1],
+        True,
+        False,
+        backend,
+    )[2]
+    return transport
 
 
 def apart_from_nan(cost: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

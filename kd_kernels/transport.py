@@ -17,10 +17,9 @@ from kd_kernels.points import (
     check_reduction,
     result_dtype,
 )
-from kd_kernels.problems import SCALING_ROOM
-from kd_kernels.sinkhorn import ORDERS, apart_from_nan, sinkhorn
+from kd_kernels.problems import SCALING_ROOM, fits_scalings
+from kd_kernels.sinkhorn import ORDERS, apart_from_nan, class_cost, sinkhorn
 
-_CLASS_ROOM = 40.0  # in float32: the gradient of a / D holds a / D^2, and D may be exp(-room)
 COSTS = ("cosine", "attention", "euclidean", "l1")
 GRADIENTS = ("implicit", "unrolled")
 
@@ -168,11 +167,13 @@ def class_transport(
     iterations: int = 10,
     temperature: float = 2.0,
     order: str = "columns_rows",
+    domain: str = "scaling",
     target_weight: float = 0.0,
     denominator_eps: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     teacher_grad: bool = False,
+    backend: Optional[str] = None,
 ) -> Tensor:
     """Entropic transport between two distributions over classes whose distances are known (WKD-L).
 
@@ -183,21 +184,27 @@ def class_transport(
 
     Args:
         student_logits, teacher_logits: ``[N, C]``; the teacher's are constants unless ``teacher_grad``.
-        cost: ``[C, C]``, finite; a constant. Its range over ``epsilon`` must not exceed 60,
-            in float32 40.
+        cost: ``[C, C]``; a constant. ``inf`` forbids a pair.
         labels: ``[N]`` integers: the class that is removed. None: no class is. A sample with ``ignore_index``
             does not count.
         epsilon, iterations, temperature, order: published defaults.
+        domain: as in :func:`kd_kernels.sinkhorn`. ``"scaling"``, the published one: a row of the cost may
+            span 60 epsilon. ``"log"`` takes any cost, at an exponential per entry and sample. ``"auto"``
+            looks at the cost, for which it waits for a GPU.
         target_weight: adds ``target_weight * (-p_y log q_y)`` at temperature 1, the published binary term
             (which has weight 1 there, the transport 30 with a cosine decay). Needs labels.
-        denominator_eps: added to every denominator of the iterations; 1e-8 in the published code.
+        denominator_eps: added to every denominator of the iterations; 1e-8 in the published code. Only in
+            scalings.
         reduction: "mean" over the samples that count, "sum", or "none" for ``[N]``.
+        backend: name of a backend, or None for the first that serves the call.
 
     Returns:
         0-d or ``[N]``, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it and what would do.
+        ValueError, TypeError: an argument that does not fit; the message names it and what would do. What
+            :func:`kd_kernels.sinkhorn` refuses.
+        BackendUnavailable: the named backend cannot serve the call.
     """
     _check_classes(student_logits, teacher_logits, cost, labels)
     _check_options(epsilon, iterations, order)
@@ -205,9 +212,11 @@ def class_transport(
     check_positive("temperature", temperature)
     if target_weight and labels is None:
         raise ValueError("target_weight needs labels")
+    if denominator_eps and domain != "scaling":
+        raise ValueError(f'denominator_eps needs domain="scaling", got {domain!r}')
     dtype = result_dtype(student_logits, teacher_logits)
     labels = None if labels is None else labels.to(torch.int64)  # small types would wrap in comparisons
-    _check_class_values(cost, epsilon, labels, ignore_index, dtype)
+    _check_class_values(cost, epsilon, domain, labels, ignore_index)
     z, y = student_logits.to(dtype), (teacher_logits if teacher_grad else teacher_logits.detach()).to(dtype)
     counts = torch.ones(len(z), dtype=torch.bool, device=z.device)
     here = torch.ones_like(z, dtype=torch.bool)
@@ -217,31 +226,21 @@ def class_transport(
         z, y = (torch.where(counts[:, None], x, 0.0) for x in (z, y))
         label = torch.where(counts, labels, 0).to(torch.int64).clamp(0, z.shape[1] - 1)[:, None]
         here = here.scatter(1, label, False)
-    a, b = ((x / temperature).masked_fill(~here, -torch.inf).softmax(1) for x in (z, y))
-    with torch.autocast(z.device.type, enabled=False):
-        loss = _shared_cost(a, b, cost.detach().to(dtype), here, epsilon, iterations, order, denominator_eps)
+    # A sample without distributions is NaN, and solved as an empty one.
+    held = [(x / temperature).masked_fill(~here, -torch.inf).softmax(1) for x in (z, y)]
+    sound = ~(held[0] + held[1]).isnan().any(1)
+    a, b = (torch.where(sound[:, None], x, 0.0) for x in held)
+    lost = torch.where(sound, 0.0, held[0].sum(1) + held[1].sum(1))
+    loss = lost + class_cost(
+        cost.detach().to(dtype), a, b, epsilon=epsilon, iterations=iterations, domain=domain, order=order,
+        denominator=denominator_eps, backend=backend,
+    )  # fmt: skip
     if target_weight:
         p, log_q = y.softmax(1).gather(1, label), z.log_softmax(1).gather(1, label)
         loss = loss - target_weight * torch.where(p == 0, 0.0, p * log_q)[:, 0]
     if labels is not None:
         loss = torch.where((labels == label[:, 0]) | ~counts, loss, torch.nan)  # where nothing was checked
     return _reduced(torch.where(counts, loss, 0.0), counts.sum(), reduction)
-
-
-def _shared_cost(
-    a: Tensor, b: Tensor, cost: Tensor, here: Tensor, epsilon: float, iterations: int, order: str, tiny: float
-) -> Tensor:
-    """``<P, C>`` ``[N]``; scalings of all samples lie side by side, so that ``K v`` is one product."""
-    kernel = ((cost.min() if cost.numel() else 0.0) - cost).div(epsilon).exp()
-    u = v = here.to(a.dtype) / here.sum(1, keepdim=True).clamp(min=1)
-    for _ in range(iterations):
-        if order == "columns_rows":
-            v = b / (u @ kernel + tiny)
-            u = a / (v @ kernel.t() + tiny)
-        else:
-            u = a / (v @ kernel.t() + tiny)
-            v = b / (u @ kernel + tiny)
-    return (u * (v @ (kernel * cost).t())).sum(1)
 
 
 def _transport(
@@ -363,19 +362,15 @@ def _check_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Optio
 
 
 def _check_class_values(
-    cost: Tensor, epsilon: float, labels: Optional[Tensor], ignore_index: int, dtype: torch.dtype
+    cost: Tensor, epsilon: float, domain: str, labels: Optional[Tensor], ignore_index: int
 ) -> None:
     """What only the numbers tell; elsewhere than on CPU each look would wait for the device."""
     if torch.compiler.is_compiling() or not checks_values(cost.device) or not cost.numel():
         return
-    if not cost.isfinite().all():
-        raise ValueError("cost must be finite; a class that nothing may go to has the logit -inf")
-    reach = (cost.max() - cost.min()).item()
-    room = SCALING_ROOM if dtype == torch.float64 else _CLASS_ROOM
-    if reach > room * epsilon:
+    if domain == "scaling" and not fits_scalings(cost, epsilon):
         raise ValueError(
-            f"cost ranges over {reach:g}, more than {room:g} times epsilon = {epsilon:g}: the iterations or "
-            f"their gradient would leave {dtype}; raise epsilon, scale the cost or pass float64"
+            f"a row of cost ranges over more than {SCALING_ROOM:g} times epsilon = {epsilon:g}, for which "
+            f'domain="scaling" has no room; pass domain="log", raise epsilon or scale the cost'
         )
     if labels is not None:
         check_range("labels", labels[labels != ignore_index], len(cost), otherwise=IGNORED)

@@ -81,6 +81,7 @@ def _load() -> tuple[Optional[ModuleType], Optional[str]]:
         from kd_kernels.triton_kernels import (  # noqa: F401
             angle,
             gather,
+            half_step,
             pairwise_l1,
             row_divergence,
             scale,

@@ -1,4 +1,5 @@
-"""The door to the Triton kernels of transport: Sinkhorn problems, and L1 distances between all rows."""
+"""The door to the Triton kernels of transport: Sinkhorn problems, half-steps of those that share a cost, and
+L1 distances between all rows."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import problems as P
+from kd_kernels.reference.half_step import half_step as reference_half_step
 from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
 from kd_kernels.rows import GRADIENT, TERMS, PairwiseL1Job
 from kd_kernels.triton_runtime import (
@@ -132,6 +134,45 @@ def sinkhorn(job: P.SinkhornJob, phases: int) -> None:
                 **tile,
                 **options(num_warps, registers=SINKHORN_REGISTERS),
             )
+
+
+def half_step_tile(wide: bool) -> dict[str, int]:
+    return {"PROBLEMS": 16, "OUTER": 32, "INNER": 16 if wide else 32}
+
+
+HALF_STEP_WARPS = 4
+HALF_STEP_REGISTERS = 255  # there are fewer programs than multiprocessors
+# With more problems a half-step is a product like any other, the library's business; from how many on has not
+# been measured.
+_HALF_STEP_MOST_PROBLEMS = 64
+
+
+def half_step(job: P.HalfStepJob) -> None:
+    """:func:`kd_kernels.reference.half_step` in Triton, for a few problems."""
+    count, outer = job.weight.shape
+    if count > _HALF_STEP_MOST_PROBLEMS:
+        reference_half_step(job)
+        return
+    module, strides, wide = kernels().half_step, job.kernel.stride(), job.out.dtype == torch.float64
+    tile = half_step_tile(wide)
+    grid = (-(-outer // tile["OUTER"]), -(-count // tile["PROBLEMS"]))
+    with on(job.out):
+        module.half_step[grid](
+            job.kernel,
+            job.x,
+            job.weight,
+            job.weight if job.extra is None else job.extra,
+            job.out,
+            count,
+            outer,
+            job.x.shape[1],
+            *(reversed(strides) if job.transposed else strides),
+            DIVIDE=job.divide,
+            EXTRA=job.extra is not None,
+            F=module.tl.float64 if wide else module.tl.float32,
+            **tile,
+            **options(HALF_STEP_WARPS, registers=HALF_STEP_REGISTERS),
+        )
 
 
 class PairTiles(NamedTuple):

@@ -78,6 +78,7 @@ def _quick_interpreter():
     from kd_kernels.triton_kernels import (  # noqa: F401
         angle,
         gather,
+        half_step,
         pairwise_l1,
         row_divergence,
         sinkhorn,

@@ -25,6 +25,7 @@ ENTRIES = {
     "topk": 40,
     "angle": 4,
     "pairwise_l1": 47,
+    "half_step": 8,
     "sinkhorn": 24,
     "scale": 4,
 }

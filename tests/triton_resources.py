@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from kd_kernels.triton_kernels import angle, gather, pairwise_l1, scale, sinkhorn, topk
+from kd_kernels.triton_kernels import angle, gather, half_step, pairwise_l1, scale, sinkhorn, topk
 from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,7 +35,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*CATALOGUE, "gather", "topk", "angle", "pairwise_l1", "sinkhorn", "scale")
+KERNELS = (*CATALOGUE, "gather", "topk", "angle", "pairwise_l1", "half_step", "sinkhorn", "scale")
 SIZES = {"small": 1000, "large": 128256}
 IDS = (16, 64, 1024)  # what the kernels that take K ids are compiled for
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -131,6 +131,21 @@ def scale_source(dtype: str) -> tuple[ASTSource, int]:
     signature |= {"count": "i32", "BLOCK": "constexpr", "F": "constexpr"}
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(4)}
     return ASTSource(scale.scale, signature, constants, attributes), triton_runtime.SCALE_WARPS
+
+
+def half_step_source(dtype: str, transposed: bool, divide: bool) -> tuple[ASTSource, int]:
+    """One of the kernel's strides is 1, which a launch compiles for."""
+    wide = dtype == "float64"
+    constants = {"DIVIDE": divide, "EXTRA": divide, "F": kernels.tl.float64 if wide else kernels.tl.float32}
+    constants |= triton_transport.half_step_tile(wide) | {"outer_stride" if transposed else "inner_stride": 1}
+    kinds = dict.fromkeys(("count", "outer", "inner", "outer_stride", "inner_stride"), "i32")
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, f"*{DTYPES[dtype]}")
+        for name in half_step.half_step.arg_names
+    }
+    divisible = [[i] for i, kind in enumerate(signature.values()) if kind[0] == "*"]
+    attributes = {tuple(index): [["tt.divisibility", 16]] for index in divisible}
+    return ASTSource(half_step.half_step, signature, constants, attributes), triton_transport.HALF_STEP_WARPS
 
 
 def sinkhorn_source(phase: str, dtype: str, columns: int, everything: bool) -> tuple[ASTSource, int]:
@@ -251,6 +266,15 @@ def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
         for dtype in DTYPES:
             yield f"scale {dtype}", *scale_source(dtype)
         return
+    if kernel == "half_step":
+        for dtype in ("float32", "float64"):
+            for transposed in (False, True):
+                for divide in (False, True):
+                    yield (
+                        f"half_step {dtype} {transposed} {divide}",
+                        *half_step_source(dtype, transposed, divide),
+                    )
+        return
     if kernel == "sinkhorn":
         for dtype in ("float32", "bfloat16", "float64"):
             for columns in (64, 1024):
@@ -304,6 +328,8 @@ def registers_of(kernel: str, label: str) -> int:
     """A thread's at most, as a launch asks for."""
     if kernel == "sinkhorn":
         return triton_transport.SINKHORN_REGISTERS
+    if kernel == "half_step":
+        return triton_transport.HALF_STEP_REGISTERS
     if kernel == "topk":
         return triton_runtime.topk_registers(int(label.split()[1]))
     everything = label.endswith("everything")

@@ -11,6 +11,7 @@ struct InstructionSet {
   const char* name;
   decltype(&baseline::angle) angle;
   decltype(&baseline::gather) gather;
+  decltype(&baseline::half_step) half_step;
   decltype(&baseline::pairwise_l1) pairwise_l1;
   decltype(&baseline::row_divergence) row_divergence;
   decltype(&baseline::sinkhorn) sinkhorn;
@@ -20,8 +21,8 @@ struct InstructionSet {
 };
 #define KD_INSTRUCTION_SET(isa)                                                                          \
   InstructionSet {                                                                                       \
-    #isa, isa::angle, isa::gather, isa::pairwise_l1, isa::row_divergence, isa::sinkhorn, isa::sorted_l1, \
-        isa::sorted_l1_scratch, isa::topk                                                                \
+    #isa, isa::angle, isa::gather, isa::half_step, isa::pairwise_l1, isa::row_divergence, isa::sinkhorn, \
+        isa::sorted_l1, isa::sorted_l1_scratch, isa::topk                                                \
   }
 
 InstructionSet choose() {
@@ -52,6 +53,10 @@ void angle(const Angle& args) {
 
 void gather(const Gather& args, unsigned phases) {
   if (args.n > 0) chosen().gather(args, phases);
+}
+
+void half_step(const HalfStep& args) {
+  if (args.count > 0 && args.n > 0 && args.m > 0) chosen().half_step(args);
 }
 
 void pairwise_l1(const PairwiseL1& args, unsigned phases) {

@@ -2,6 +2,7 @@
 #pragma once
 #include "../angle.h"
 #include "../gather.h"
+#include "../half_step.h"
 #include "../pairwise_l1.h"
 #include "../row_divergence.h"
 #include "../sinkhorn.h"
@@ -13,6 +14,7 @@ namespace kd {
   namespace isa {                                                  \
   void angle(const Angle& args);                                   \
   void gather(const Gather& args, unsigned phases);                \
+  void half_step(const HalfStep& args);                            \
   void pairwise_l1(const PairwiseL1& args, unsigned phases);       \
   void row_divergence(const RowDivergence& args, unsigned phases); \
   void sinkhorn(const Sinkhorn& args, unsigned phases);            \

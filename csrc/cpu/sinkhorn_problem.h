@@ -6,6 +6,7 @@
 
 #include "../sinkhorn.h"
 #include "convert.h"
+#include "lanes.h"
 
 namespace kd {
 namespace KD_ISA {
@@ -37,38 +38,6 @@ struct Buffer {
   int64_t size_;
   T* own_;
 };
-
-// Halves are added until one number is left.
-template <class T, int kBytes>
-struct Halves {
-  typedef T Native __attribute__((vector_size(kBytes)));
-  typedef T Half __attribute__((vector_size(kBytes / 2)));
-  static KD_INLINE T sum(Native x) {
-    Half halves[2];
-    std::memcpy(halves, &x, sizeof x);
-    return Halves<T, kBytes / 2>::sum(halves[0] + halves[1]);
-  }
-};
-
-template <class T>
-struct Halves<T, 2 * static_cast<int>(sizeof(T))> {
-  typedef T Native __attribute__((vector_size(2 * sizeof(T))));
-  static KD_INLINE T sum(Native x) { return x[0] + x[1]; }
-};
-
-template <class T>
-KD_INLINE T sum_lanes(Vec<T> x) {
-  return Halves<T, kVectorBytes>::sum(x.v);
-}
-
-template <class T>
-KD_INLINE T largest_lane(Vec<T> x) {
-  T lanes[Vec<T>::kLanes];
-  x.store(lanes);
-  T max = lanes[0];
-  for (int i = 1; i < Vec<T>::kLanes; ++i) max = lanes[i] > max ? lanes[i] : max;
-  return max;
-}
 
 // The least number of a row, 0 where all are infinite, and the largest finite one, no less than that. NaN is neither.
 template <class T>

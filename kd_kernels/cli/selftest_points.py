@@ -12,6 +12,7 @@ from kd_kernels.distill import distill
 from kd_kernels.objectives import SinkhornBatch
 from kd_kernels.relational import relational_angle
 from kd_kernels.sinkhorn import sinkhorn
+from kd_kernels.transport import class_transport
 
 POINTS, WIDTHS, BETA = 29, (24, 40), 0.3
 EPSILON, ITERATIONS = 0.4, 12
@@ -68,6 +69,21 @@ def batch_sinkhorn(models: TwoModels, where: str, dtype: torch.dtype, backend: s
     return [("loss", loss), *zip(("d student", "d teacher"), torch.autograd.grad(loss, logits))]
 
 
+def classes(models: TwoModels, where: str, dtype: torch.dtype, backend: str, plainly: bool) -> Results:
+    count = min(WIDTHS)
+    logits = [x[:, :count].to(where, dtype).requires_grad_() for x in models.tensors]
+    cost = models.tensors[1][:count, -count:].abs().to(where, dtype)
+    if plainly:
+        marginals = (x.to(torch.promote_types(dtype, torch.float32)).softmax(1) for x in logits)
+        loss = torch.stack([_transported(cost, a, b) for a, b in zip(*marginals)]).sum()
+    else:
+        loss = class_transport(
+            *logits, cost, epsilon=EPSILON, iterations=ITERATIONS, temperature=1.0, order="rows_columns",
+            reduction="sum", teacher_grad=True, backend=backend,
+        )  # fmt: skip
+    return [("loss", loss), *zip(("d student", "d teacher"), torch.autograd.grad(loss, logits))]
+
+
 def _transported(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``<P, C>`` after the iterations, rows first."""
     cost, a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (cost, a, b))
@@ -81,6 +97,7 @@ def _transported(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
 CHECKS: dict[str, dict[str, Callable[..., Results]]] = {
     "angle": {"relational angle": angles},
     "pairwise_l1": {"batch Sinkhorn": batch_sinkhorn},
+    "half_step": {"class transport": classes},
     "sinkhorn": {"transport": transport},
 }
 KINDS = ("rows x rows",)

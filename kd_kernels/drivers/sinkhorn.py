@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_kernels import problems as P
 from kd_kernels.backends import pick
-from kd_kernels.drivers.sinkhorn_shared import fits_scalings, shared_cost
+from kd_kernels.drivers.sinkhorn_shared import shared_cost
 
 # Problems of one shared cost that go through the kernel at once where scalings have no room: their gradients
 # of the cost are [n, m] each before they are summed.
@@ -29,6 +29,7 @@ class Call:
     domain: int
     columns_first: bool
     backend: Optional[str]
+    denominator: float = 0.0  # see SinkhornJob; of a shared cost, in scalings
 
 
 @dataclass
@@ -71,11 +72,11 @@ def adjoint(
     """Gradients of (cost in the state's dtype or None, a, b), see
     :class:`kd_kernels.problems.SinkhornJob`."""
     numbers = torch.zeros(call.a.shape[0], P.NUMBER_COLUMNS, dtype=torch.float64, device=call.a.device)
-    results = (
-        torch.zeros(call.cost.shape, dtype=call.a.dtype, device=call.a.device),
-        torch.zeros_like(call.a),
-        torch.zeros_like(call.b),
-    )
+    # The kernel always makes the gradient of a problem's own cost.
+    d_cost = None
+    if cost_gradient or call.cost.dim() == 3:
+        d_cost = torch.zeros(call.cost.shape, dtype=call.a.dtype, device=call.a.device)
+    results = (d_cost, torch.zeros_like(call.a), torch.zeros_like(call.b))
     _run(call, found, arriving, phase, numbers, results)
     d_cost, d_a, d_b = results
     if phase == P.UNROLLED:  # of the logarithms
@@ -89,7 +90,7 @@ def _run(
     arriving: Cotangents,
     phase: int,
     numbers: Tensor,
-    results: Optional[tuple[Tensor, Tensor, Tensor]],
+    results: Optional[tuple[Optional[Tensor], Tensor, Tensor]],
 ) -> None:
     name, kernel = pick("sinkhorn", call.a.device, call.backend)
     if call.cost.numel() == 0 or call.a.numel() == 0:
@@ -97,9 +98,9 @@ def _run(
     flip, shared = call.columns_first, call.cost.dim() == 2
     cost = call.cost.expand(call.a.shape[0], *call.cost.shape) if shared else call.cost
     if flip:
-        cost = call.cost.t().contiguous().expand(cost.shape[0], -1, -1) if shared else cost.mT.contiguous()
-    elif cost.stride(2) != 1 and cost.shape[2] > 1:
-        cost = cost.contiguous()
+        cost = cost.mT
+    if not shared:
+        cost = cost.contiguous() if flip or cost.stride(2) != 1 and cost.shape[2] > 1 else cost
 
     def turned(first: Optional[Tensor], second: Optional[Tensor]) -> tuple:
         return (second, first) if flip else (first, second)
@@ -109,8 +110,9 @@ def _run(
     phi, psi = turned(found.phi, found.psi)
     phi_history, psi_history = turned(found.phi_history, found.psi_history)
     job = P.SinkhornJob(
-        cost, a, b, call.epsilons, call.tolerance, call.domain, phi, psi, numbers, phi_history, psi_history
-    )
+        cost, a, b, call.epsilons, call.tolerance, call.domain, phi, psi, numbers, phi_history, psi_history,
+        denominator=call.denominator,
+    )  # fmt: skip
     if results is not None:
         job.d_transport, job.d_value = (
             zeros if x is None else x.to(zeros.dtype).contiguous()
@@ -123,34 +125,35 @@ def _run(
         job.d_psi = torch.zeros_like(b) if d_psi is None else d_psi
         d_cost, d_a, d_b = results
         job.d_a, job.d_b = turned(d_a, d_b)
-        job.d_cost = d_cost.mT.contiguous() if flip else d_cost
+        job.d_cost = d_cost.mT.contiguous() if flip and d_cost is not None else d_cost
     if not shared:
         kernel(job, phase)
     elif call.domain == P.SCALING or (
-        call.domain == P.AUTO and fits_scalings(cost[0], float(call.epsilons.min()))
+        call.domain == P.AUTO and P.fits_scalings(cost[0], float(call.epsilons.min()))
     ):
-        shared_cost(job, phase)
+        shared_cost(job, phase, pick("half_step", call.a.device, call.backend)[1])
     else:
         _in_slabs(kernel, job, phase)
-    if results is not None and flip:
+    if results is not None and flip and results[0] is not None:
         results[0].copy_(job.d_cost.mT)
 
 
 def _in_slabs(kernel, job: P.SinkhornJob, phase: int) -> None:
     """A shared cost problem by problem, its gradient summed."""
-    step = max(1, _SLAB_ENTRIES // job.cost[0].numel())
+    cost = job.cost[0].contiguous().expand(job.cost.shape)
+    step = max(1, _SLAB_ENTRIES // cost[0].numel())
     for start in range(0, job.a.shape[0], step):
         part = slice(start, start + step)
         of_part = {
             name: value[part]
             for name, value in vars(job).items()
-            if isinstance(value, Tensor) and name not in ("epsilons", "d_cost")
+            if isinstance(value, Tensor) and name not in ("cost", "epsilons", "d_cost")
         }
-        slab = replace(job, **of_part)
-        if job.d_cost is not None:
+        slab = replace(job, cost=cost[part], **of_part)
+        if phase != P.SOLVE:
             slab.d_cost = torch.zeros_like(
                 slab.cost, dtype=job.a.dtype, memory_format=torch.contiguous_format
             )
         kernel(slab, phase)
-        if job.d_cost is not None:
+        if job.d_cost is not None and slab.d_cost is not None:
             job.d_cost += slab.d_cost.sum(0)

@@ -1,34 +1,27 @@
 """One cost shared by many problems: every half-step of all of them is one matrix product.
 
 ``U [B, n]`` and ``V [B, m]`` are the scalings of all problems, ``K`` the kernel ``exp(-(C - row's least) /
-epsilon)`` that they share: ``U = a / (V K')``, ``V = b / (U K)``. Nothing is ever ``[B, n, m]``. It takes the
-jobs of the kernel (:class:`kd_kernels.problems.SinkhornJob`), except that ``d_cost`` is ``[n, m]``.
+epsilon)`` that they share: ``U = a / (V K')``, ``V = b / (U K)``, made by the half_step kernel. Nothing is
+ever ``[B, n, m]``. It takes the Sinkhorn kernel's jobs (:class:`kd_kernels.problems.SinkhornJob`), but
+``d_cost`` is ``[n, m]``, or None where it is not wanted, ``cost`` may have any strides, and ``denominator``
+counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from kd_kernels import problems as P
+from kd_kernels.drivers.workspace import Workspace, borrow, footprint
 from kd_kernels.reference.sinkhorn import product_gap, sensitivities
 
 _INF = float("inf")
-
-
-def fits_scalings(cost: Tensor, epsilon: float) -> bool:
-    """Whether a cost [n, m] leaves scalings room; waits for the device."""
-    above = _above(cost.float())
-    return bool(torch.where(above < _INF, above, 0.0).amax() <= P.SCALING_ROOM * epsilon)
-
-
-def _above(cost: Tensor) -> Tensor:
-    """Each row's costs above its least."""
-    least = cost.amin(1, keepdim=True)
-    return cost - torch.where(least < _INF, least, 0.0)
+_MOST_KEPT = 256 << 20  # bytes that a thread keeps between calls
 
 
 @contextmanager
@@ -54,10 +47,17 @@ def _ieee_products(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(before)
 
 
-def shared_cost(job: P.SinkhornJob, phases: int) -> None:
+def shared_cost(job: P.SinkhornJob, phases: int, half_step: Callable[[P.HalfStepJob], None]) -> None:
     """Run the phases of ``job``."""
-    with _ieee_products(job.a.device):
-        shared = _Shared(job)
+    cost, dtype = job.cost[0], job.a.dtype
+    # As the cost lies in memory, for pages that come anew would cost more than the exponentials.
+    turned = cost.stride(1) != 1
+    shape = (cost.t() if turned else cost).shape
+    size = 2 * footprint(*shape, dtype.itemsize)
+    kept = borrow(size, cost.device) if size <= _MOST_KEPT else _dropped(size, cost.device)
+    with _ieee_products(cost.device), kept as workspace:
+        matrices = (workspace.take(*shape, dtype) for _ in range(2))
+        shared = _Shared(job, half_step, *(x.t() if turned else x for x in matrices))
         if phases & P.SOLVE:
             shared.solve()
         if phases & P.UNROLLED:
@@ -66,95 +66,164 @@ def shared_cost(job: P.SinkhornJob, phases: int) -> None:
             shared.implicit()
 
 
-def _per(x: Tensor, mass: Tensor) -> Tensor:
-    return torch.where(mass == 0, 0.0, x / mass)
+@contextmanager
+def _dropped(size: int, device: torch.device) -> Iterator[Workspace]:
+    yield Workspace(torch.empty(size, dtype=torch.uint8, device=device))
+
+
+def _without_zeros(mass: Tensor) -> Tensor:
+    """To divide by: what is absent has nothing to be divided."""
+    return torch.where(mass == 0, 1.0, mass)
 
 
 class _Shared:
-    def __init__(self, job: P.SinkhornJob) -> None:
-        self.job, self.epsilon = job, float(job.epsilons[-1])
-        cost = job.cost[0].to(job.a.dtype)
-        least = cost.amin(1)
+    """``kernel`` and ``weighted`` are memory for two matrices like the cost."""
+
+    def __init__(
+        self,
+        job: P.SinkhornJob,
+        half_step: Callable[[P.HalfStepJob], None],
+        kernel: Tensor,
+        weighted: Tensor,
+    ) -> None:
+        self.job, self.half_step, self.epsilon = job, half_step, float(job.epsilons[-1])
+        self.cost = job.cost[0].to(job.a.dtype)
+        least = self.cost.amin(1)
         self.shift = torch.where(least < _INF, least, 0.0)  # of each row
-        self.above = _above(cost)
-        self.kernel = (self.above / -self.epsilon).exp()
-        # P * C sums over this; a forbidden pair has no plan.
-        self.weighted = torch.where(self.kernel == 0, 0.0, self.kernel * cost)
+        self.kernel = self.kernel_at(self.epsilon, kernel)
+        # P * C sums over this. A forbidden pair has no plan; NaN is the kernel's to show.
+        self.weighted = torch.mul(self.kernel, self.cost, out=weighted).nan_to_num_(0.0)
+
+    def kernel_at(self, epsilon: float, out: Optional[Tensor] = None) -> Tensor:
+        return torch.sub(self.cost, self.shift[:, None], out=out).div_(-epsilon).exp_()
+
+    def product(
+        self,
+        kernel: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        transposed: bool,
+        divide: bool = False,
+        extra: Optional[Tensor] = None,
+    ) -> Tensor:
+        if kernel.stride(1) != 1:
+            kernel, transposed = kernel.t(), not transposed
+        x, weight = x.contiguous(), weight.contiguous()
+        out = torch.empty_like(weight)
+        self.half_step(P.HalfStepJob(kernel, x, weight, out, transposed, divide, extra))
+        return out
+
+    def along_rows(self, v: Tensor, weight: Tensor, kernel: Optional[Tensor] = None) -> Tensor:
+        """``weight (v K')``: [B, n]."""
+        return self.product(self.kernel if kernel is None else kernel, v, weight, transposed=False)
+
+    def along_columns(self, u: Tensor, weight: Tensor, kernel: Optional[Tensor] = None) -> Tensor:
+        """``weight (u K)``: [B, m]."""
+        return self.product(self.kernel if kernel is None else kernel, u, weight, transposed=True)
 
     def scalings(self, phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
         return (phi - self.shift / self.epsilon).exp(), psi.exp()
 
+    def potentials(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return u.log() + self.shift / self.epsilon, v.log()
+
+    def start(self) -> Tensor:
+        """The first v. Any size will do but where something is added to denominators: 1 in all, then."""
+        present = self.job.b > 0
+        first = present.to(self.job.b.dtype)
+        return first / present.sum(1, keepdim=True).clamp(min=1) if self.job.denominator else first
+
+    def extras(self) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """What is added to the denominators of rows, whose scalings have been shifted, and of columns."""
+        added = self.job.denominator
+        if not added:
+            return None, None
+        return added * (self.shift / self.epsilon).exp(), torch.full_like(self.job.b[0], added)
+
     def solve(self) -> None:
         job, kernel = self.job, self.kernel
-        v = (job.b > 0).to(job.b.dtype)
+        v, of_rows, of_columns = self.start(), *self.extras()
+        us, vs = [], []
         u, done = torch.zeros_like(job.a), torch.zeros_like(job.a[:, 0], dtype=torch.bool)
         taken = torch.zeros_like(job.numbers[:, 0])
         # Another epsilon is another kernel, and v the same potentials in another unit.
         before = self.epsilon if job.iterations == 0 else float(job.epsilons[0])
         for step, epsilon in enumerate(job.epsilons.tolist()):
             if step == 0 or epsilon != before:
-                kernel = self.kernel if epsilon == self.epsilon else (self.above / -epsilon).exp()
+                kernel = self.kernel if epsilon == self.epsilon else self.kernel_at(epsilon)
                 v = torch.where(done[:, None], v, v ** (before / epsilon))
                 before = epsilon
-            sums = v @ kernel.t()
-            if job.looks(step):
-                done = done | ((u * sums - job.a).abs().sum(1) <= job.tolerance * job.a.sum(1))
+            next_u = self.product(kernel, v, job.a, False, divide=True, extra=of_rows)
+            if job.looks(step):  # a / next_u is what the plan's rows sum to, per u
+                error = (u * (job.a / _without_zeros(next_u)) - job.a).abs().sum(1)
+                done = done | (error <= job.tolerance * job.a.sum(1))
                 if job.a.device.type == "cpu" and bool(done.all()):
                     break
-            u = torch.where(done[:, None], u, _per(job.a, sums).masked_fill(job.a == 0, 0.0))
-            v = torch.where(done[:, None], v, _per(job.b, u @ kernel).masked_fill(job.b == 0, 0.0))
+            next_v = self.product(kernel, next_u, job.b, True, divide=True, extra=of_columns)
+            if job.tolerance > 0:
+                next_u, next_v = (torch.where(done[:, None], x, y) for x, y in ((u, next_u), (v, next_v)))
+            u, v = next_u, next_v
             taken += ~done
-            if job.phi_history is not None and job.psi_history is not None:
-                job.phi_history[:, step], job.psi_history[:, step] = self.potentials(u, v)
+            if job.phi_history is not None:
+                us.append(u)
+                vs.append(v)
+        if job.phi_history is not None and job.psi_history is not None:
+            for history, found in zip(
+                (job.phi_history, job.psi_history), self.potentials(torch.stack(us, 1), torch.stack(vs, 1))
+            ):
+                history.copy_(found)
+        self.report(u, v, taken)
+
+    def report(self, u: Tensor, v: Tensor, taken: Tensor) -> None:
+        job, ones = self.job, (torch.ones_like(self.job.a), torch.ones_like(self.job.b))
         phi, psi = self.potentials(u, v)
         job.phi.copy_(phi)
         job.psi.copy_(psi)
-        sums = u * (v @ self.kernel.t())
-        job.numbers[:, P.TRANSPORT] = (u * (v @ self.weighted.t())).sum(1, dtype=torch.float64)
+        reached, met = self.along_rows(v, ones[0]), self.along_columns(u, ones[1])
+        sums = u * reached
+        transport = self.along_rows(v, u, self.weighted).sum(1, dtype=torch.float64)
+        job.numbers[:, P.TRANSPORT] = transport
         job.numbers[:, P.ERROR] = (sums - job.a).abs().sum(1, dtype=torch.float64)
         job.numbers[:, P.ITERATIONS] = taken
         job.numbers[:, P.GAP] = product_gap(job, sums.double(), self.epsilon)
-        infeasible = ((job.a > 0) & (v @ self.kernel.t() == 0)).any(1) | (
-            (job.b > 0) & (u @ self.kernel == 0)
-        ).any(1)
-        out = torch.where(self.above < _INF, self.above, 0.0).amax() > self.epsilon * P.room(job.a.dtype)
+        infeasible = ((job.a > 0) & (reached == 0)).any(1) | ((job.b > 0) & (met == 0)).any(1)
+        out = (P.reach(self.cost) > self.epsilon * P.room(job.a.dtype)).any()
         status = torch.where(
             out, float(P.OUT_OF_ROOM), torch.where(infeasible, float(P.INFEASIBLE), float(P.SOLVED))
         )
         job.numbers[:, P.STATUS] = status
 
-    def potentials(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return u.log() + self.shift / self.epsilon, v.log()
-
     def unrolled(self) -> None:
         job = self.job
         u, v = self.scalings(job.phi, job.psi)
-        d_phi, d_psi = job.d_phi, job.d_psi
-        d_phi, d_psi = d_phi + self.through(u, v)[0], d_psi + self.through(u, v)[1]
+        by_row, by_column = self.through(u, v)
+        d_phi, d_psi = job.d_phi + by_row, job.d_psi + by_column
+        a, b = _without_zeros(job.a), _without_zeros(job.b)
+        us, vs = self.scalings(*(x.transpose(0, 1).contiguous() for x in (job.phi_history, job.psi_history)))
         left, right = [], []  # factors of the cost's gradient
         for step in reversed(range(job.iterations)):
-            u, v = self.scalings(job.phi_history[:, step], job.psi_history[:, step])
-            before = (job.b > 0).to(v.dtype)
-            if step > 0:
-                before = self.scalings(job.phi_history[:, step - 1], job.psi_history[:, step - 1])[1]
+            u, v, before = us[step], vs[step], vs[step - 1] if step > 0 else self.start()
             job.d_b += d_psi
-            columns = v * _per(d_psi, job.b)
-            d_phi = d_phi - u * (columns @ self.kernel.t())
+            columns = v * (d_psi / b)
+            d_phi = d_phi - self.along_rows(columns, u)
             job.d_a += d_phi
-            rows = u * _per(d_phi, job.a)
-            left += [u, rows]
-            right += [columns, before]
-            d_psi = -before * (rows @ self.kernel)
-            d_phi = torch.zeros_like(d_phi)
-        spread = torch.cat(left).t() @ torch.cat(right) if left else torch.zeros_like(self.kernel)
-        self.write_cost(job.d_transport, spread)
+            rows = u * (d_phi / a)
+            if job.d_cost is not None:
+                left += [u, rows]
+                right += [columns, before]
+            if step > 0:  # what comes before the first is no variable
+                d_psi = self.along_columns(rows, -before)
+                d_phi = torch.zeros_like(d_phi)
+        if job.d_cost is not None:
+            spread = torch.cat(left).t() @ torch.cat(right) if left else torch.zeros_like(self.kernel)
+            self.write_cost(job.d_transport, spread)
 
     def through(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column sums of ``P * G``, where G arrives at P."""
         job = self.job
         weight = job.d_transport[:, None]
-        by_row = weight * u * (v @ self.weighted.t())
-        by_column = weight * v * (u @ self.weighted)
+        by_row = self.along_rows(v, weight * u, self.weighted)
+        by_column = self.along_columns(u, weight * v, self.weighted)
         if job.d_plan is not None:
             by_plan = self.by_plan(u, v)
             by_row, by_column = by_row + by_plan.sum(2), by_column + by_plan.sum(1)
@@ -168,6 +237,7 @@ class _Shared:
     def write_cost(self, weight: Tensor, spread: Tensor) -> None:
         """``sum_b weight P - P * G / epsilon`` and ``K * spread / epsilon``."""
         job = self.job
+        assert job.d_cost is not None
         u, v = self.scalings(job.phi, job.psi)
         own = (weight[:, None] * u).t() @ v
         times_cost = (job.d_transport[:, None] * u).t() @ v
@@ -182,12 +252,10 @@ class _Shared:
         u, v = self.scalings(job.phi, job.psi)
         by_row, by_column = self.through(u, v)
         x, y = sensitivities(
-            lambda y: u * ((v * y) @ self.kernel.t()),
-            lambda x: v * ((u * x) @ self.kernel),
-            by_row,
-            by_column,
+            lambda y: self.along_rows(v * y, u), lambda x: self.along_columns(u * x, v), by_row, by_column
         )
-        spread = torch.cat([u * x, u]).t() @ torch.cat([v, v * y])
-        self.write_cost(job.d_transport + job.d_value, spread)
+        if job.d_cost is not None:
+            spread = torch.cat([u * x, u]).t() @ torch.cat([v, v * y])
+            self.write_cost(job.d_transport + job.d_value, spread)
         job.d_a.copy_(x)
         job.d_b.copy_(y)

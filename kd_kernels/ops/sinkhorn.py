@@ -11,10 +11,10 @@ from kd_kernels.ops.schema import names
 
 # What both ops take, in the order in which autograd sees it.
 _CALL = """
-    Tensor cost, Tensor a, Tensor b, Tensor epsilons, Tensor tolerance, int domain, bool columns_first,
-    bool unrolled, bool plan, str? backend"""
+    Tensor cost, Tensor a, Tensor b, Tensor epsilons, Tensor tolerance, Tensor denominator,
+    int domain, bool columns_first, bool unrolled, bool plan, str? backend"""
 _ARGUMENTS = names(_CALL)
-_DIFFERENTIABLE = 3  # the first three
+_DIFFERENTIABLE, _TENSORS = 3, 6  # the first so many
 _PHI, _PSI, _TRANSPORT, _VALUE, _PLAN, _NUMBERS, _PHI_HISTORY, _PSI_HISTORY = range(8)
 
 
@@ -28,6 +28,7 @@ def _unpack(call: dict) -> Call:
         call["domain"],
         call["columns_first"],
         call["backend"],
+        call["denominator"].item(),
     )
 
 
@@ -75,6 +76,7 @@ def _forward(*arguments):
         a, b: ``[B, n]`` and ``[B, m]`` float32, float64 for float64 costs.
         epsilons: float64 on CPU, one for each iteration at most.
         tolerance: 0-d float64 on CPU; 0: all iterations.
+        denominator: 0-d float64 on CPU: see :class:`kd_kernels.problems.SinkhornJob`.
         domain: index into :data:`kd_kernels.problems.DOMAINS`.
         columns_first: whether an iteration's first half-step is the columns'.
         unrolled: whether gradients go through the iterations.
@@ -174,13 +176,13 @@ def _(d_transport, d_value, d_plan, phi, psi, phi_history, psi_history, cost_gra
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    ctx.rest = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], *(output[i] for i in (_PHI, _PSI, _PHI_HISTORY, _PSI_HISTORY)))
+    ctx.rest = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], *(output[i] for i in (_PHI, _PSI, _PHI_HISTORY, _PSI_HISTORY)))
 
 
 def _backward(ctx, *arriving):
     saved = ctx.saved_tensors  # once: activation checkpointing makes them once
-    inputs, found = saved[:5], saved[5:]
+    inputs, found = saved[:_TENSORS], saved[_TENSORS:]
     none = (None,) * len(_ARGUMENTS)
     arriving = [arriving[i] for i in (_TRANSPORT, _VALUE, _PLAN)]
     if all(x is None for x in arriving):
