@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "angle.h"
+#include "distance.h"
 #include "gather.h"
 #include "gemm.h"
 #include "half_step.h"
@@ -204,6 +205,24 @@ void def_angle(py::module_& module) {
   module.def("angle", &kd::angle, py::arg("args"), py::call_guard<py::gil_scoped_release>());
 }
 
+void def_distance(py::module_& module) {
+  using kd::Distance;
+  py::class_<Distance> args(module, "Distance");
+  args.def(py::init<>());
+  args.def_readwrite("n", &Distance::n);
+  args.def_readwrite("ld", &Distance::ld);
+  def_pointer(args, "numbers", &Distance::numbers);
+  def_pointer(args, "student", &Distance::student);
+  def_pointer(args, "teacher", &Distance::teacher);
+  def_pointer(args, "statistics", &Distance::statistics);
+  def_pointer(args, "terms", &Distance::terms);
+  def_pointer(args, "student_grad", &Distance::student_grad);
+  def_pointer(args, "teacher_grad", &Distance::teacher_grad);
+  args.def_readwrite("threads", &Distance::threads);
+
+  module.def("distance", &kd::distance, py::arg("args"), py::arg("phases"), py::call_guard<py::gil_scoped_release>());
+}
+
 void def_half_step(py::module_& module) {
   using kd::HalfStep;
   py::class_<HalfStep> args(module, "HalfStep");
@@ -300,6 +319,7 @@ PYBIND11_MODULE(_native, module) {
   def_sorted_l1(module);
   def_topk(module);
   def_angle(module);
+  def_distance(module);
   def_gemm(module);
 
   module.def("instruction_set", &kd::instruction_set);

@@ -15,6 +15,7 @@ import torch
 
 from kd_kernels import native, native_cuda, triton_runtime, triton_transport
 from kd_kernels.reference.angle import angle as reference_angle
+from kd_kernels.reference.distance import distance as reference_distance
 from kd_kernels.reference.gather import gather as reference_gather
 from kd_kernels.reference.half_step import half_step as reference_half_step
 from kd_kernels.reference.pairwise_l1 import pairwise_l1 as reference_pairwise_l1
@@ -75,6 +76,12 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_runtime.angle, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_angle, lambda device: []),
+    },
+    "distance": {
+        "cpu": (native.distance, _cpu_objections),
+        "triton": (triton_runtime.distance, triton_runtime.why_not),
+        "cuda": (None, _not_built),
+        "reference": (reference_distance, lambda device: []),
     },
     "pairwise_l1": {
         "cpu": (native.pairwise_l1, _cpu_objections),

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from kd_kernels.problems import HalfStepJob, SinkhornJob
-from kd_kernels.rows import AngleJob, GatherJob, PairwiseL1Job, RowJob, Rows, SortedL1Job, SortedSide, TopkJob
+from kd_kernels.rows import (
+    AngleJob,
+    DistanceJob,
+    GatherJob,
+    PairwiseL1Job,
+    RowJob,
+    Rows,
+    SortedL1Job,
+    SortedSide,
+    TopkJob,
+)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -183,6 +193,17 @@ def angle(job: AngleJob) -> None:
     args.student_grad, args.teacher_grad = _address(job.student_grad), _address(job.teacher_grad)
     args.threads = torch.get_num_threads()
     native.angle(args)
+
+
+def distance(job: DistanceJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.distance`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.Distance()
+    args.n, args.ld = job.n, job.student.stride(0)
+    for name in ("numbers", "student", "teacher", "statistics", "terms", "student_grad", "teacher_grad"):
+        setattr(args, name, _address(getattr(job, name)))
+    args.threads = torch.get_num_threads()
+    native.distance(args, phases)
 
 
 def pairwise_l1(job: PairwiseL1Job, phases: int) -> None:

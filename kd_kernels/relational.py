@@ -6,16 +6,12 @@ import math
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_kernels.arguments import number, refuse_transforms
 from kd_kernels.ops.angle import angle as _angle
-from kd_kernels.points import check_points, check_points_mask, check_positive, result_dtype
-
-# Rows whose squared distance is below this share of their squared distances from the centre are one point:
-# there the Gram matrix has no digits left.
-_RESOLUTION = 1e-14
+from kd_kernels.ops.distance import distance as _distance
+from kd_kernels.points import check_points, check_points_mask, check_positive
 
 
 def relational_distance(
@@ -26,6 +22,7 @@ def relational_distance(
     beta: float = 1.0,
     eps: float = 1e-12,
     teacher_grad: bool = False,
+    backend: Optional[str] = None,
 ) -> Tensor:
     """RKD-D: smooth L1 between the two models' distances, each relative to the mean of its own.
 
@@ -43,22 +40,22 @@ def relational_distance(
             ``sqrt(eps)`` apart and count in the mean. With 0 they are 0 apart and do not count.
             Their gradient is 0 either way.
         teacher_grad: a gradient for the teacher too.
+        backend: "cpu", "triton", "reference" or None for the first that serves the device.
 
     Returns:
         0-d float32 (float64 for float64 inputs); 0 for fewer than two rows.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message names it and what would do.
+        BackendUnavailable: the named backend cannot serve the call.
+
+    Double backward is not implemented and raises; ``torch.func`` transforms are refused.
     """
-    _check(student, teacher, mask, beta)
+    _check(student, teacher, mask, beta, backend)
     if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
-    rows = _rows(student, teacher, teacher_grad)
-    others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
-    pairs = others if mask is None else others & mask[:, None] & mask
-    relative = [_relative_distances(_squared_distances(x, mask), pairs, eps) for x in rows]
-    total = F.smooth_l1_loss(*relative, reduction="sum", beta=beta)
-    return (total / _count(student, mask) ** 2).to(result_dtype(student, teacher))
+    rows, needs = _rows(student, teacher, teacher_grad)
+    return _distance(*rows, mask, number(beta), number(eps), backend, needs)[0]
 
 
 def relational_angle(
@@ -81,8 +78,7 @@ def relational_angle(
     published code divides by 1e-12 there). Rows closer than 1e-7 of their distance from the centre coincide.
 
     Args:
-        student, teacher, mask, beta, teacher_grad: as for :func:`relational_distance`.
-        backend: "cpu", "triton", "reference" or None for the first that serves the device.
+        student, teacher, mask, beta, teacher_grad, backend: as for :func:`relational_distance`.
 
     Returns:
         0-d float32 (float64 for float64 inputs); 0 for fewer than two rows.
@@ -93,16 +89,14 @@ def relational_angle(
 
     Double backward is not implemented and raises; ``torch.func`` transforms are refused.
     """
-    _check(student, teacher, mask, beta)
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a name or None, got {backend!r}")
-    squared = [_squared_distances(x, mask) for x in _rows(student, teacher, teacher_grad)]
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in squared]
-    total = _angle(*squared, number(beta), backend, needs)[0]
-    return (total / _count(student, mask) ** 3).to(result_dtype(student, teacher))
+    _check(student, teacher, mask, beta, backend)
+    rows, needs = _rows(student, teacher, teacher_grad)
+    return _angle(*rows, mask, number(beta), backend, needs)[0]
 
 
-def _check(student: Tensor, teacher: Tensor, mask: Optional[Tensor], beta: float) -> None:
+def _check(
+    student: Tensor, teacher: Tensor, mask: Optional[Tensor], beta: float, backend: Optional[str]
+) -> None:
     check_points(("student", student), ("teacher", teacher), shape="[N, D]")
     if len(student) != len(teacher):
         raise ValueError(
@@ -111,40 +105,12 @@ def _check(student: Tensor, teacher: Tensor, mask: Optional[Tensor], beta: float
     if mask is not None:
         check_points_mask("mask", mask, student)
     check_positive("beta", beta)
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {backend!r}")
     refuse_transforms("kd_kernels.relational_*", student, teacher)
 
 
-def _rows(student: Tensor, teacher: Tensor, teacher_grad: bool) -> tuple[Tensor, Tensor]:
-    return student, teacher if teacher_grad else teacher.detach()
-
-
-def _count(student: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Rows that count, at least 1; on the device, so that nothing waits for it."""
-    if mask is None:
-        return torch.full((), max(len(student), 1), dtype=torch.float64, device=student.device)
-    return mask.sum().clamp(min=1).to(torch.float64)
-
-
-def _squared_distances(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """``[N, N]`` float64 from the centred Gram matrix; 0 between rows that coincide or do not count."""
-    wide = x.to(torch.float64)
-    if mask is not None:
-        wide = torch.where(mask[:, None], wide, 0.0)
-    wide = wide - (wide.sum(0) / _count(x, mask)).detach()  # distances do not change: no gradient either
-    gram = wide @ wide.t()
-    norms = gram.diagonal()
-    ends = norms[:, None] + norms
-    squared = ends - 2.0 * gram
-    nothing = squared <= _RESOLUTION * ends  # not so for NaN
-    if mask is not None:
-        nothing = nothing | ~(mask[:, None] & mask)
-    return torch.where(nothing, 0.0, squared)
-
-
-def _relative_distances(squared: Tensor, pairs: Tensor, eps: float) -> Tensor:
-    far = ~(squared <= eps)
-    distances = torch.where(far, torch.where(far, squared, 1.0).sqrt(), eps**0.5)
-    distances = torch.where(pairs, distances, 0.0)
-    positive = (distances != 0).sum().clamp(min=1)
-    mean = distances.sum() / positive
-    return distances / torch.where(mean == 0, 1.0, mean)
+def _rows(student: Tensor, teacher: Tensor, teacher_grad: bool) -> tuple[list[Tensor], list[bool]]:
+    """Both models' rows, and which of them want a gradient."""
+    rows = [student, teacher if teacher_grad else teacher.detach()]
+    return rows, [torch.is_grad_enabled() and x.requires_grad for x in rows]

@@ -1,8 +1,8 @@
 """The row kernels' contracts, as csrc/*.h state them for the compiled backends.
 
 A driver fills a job; every backend's ``row_divergence(job, phases)``, ``gather(job, phases)``,
-``topk(job)``, ``sorted_l1(job)`` and ``angle(job)`` reads and writes the job's tensors in place and
-returns nothing.
+``topk(job)``, ``sorted_l1(job)``, ``angle(job)`` and ``distance(job, phases)`` reads and writes the job's
+tensors in place and returns nothing.
 """
 
 from __future__ import annotations
@@ -179,6 +179,43 @@ class AngleJob:
 
 
 ANGLE_PADDING = 8  # numbers: the widest vector
+
+# What stands in a distance's ``numbers`` [6] float64: both means and both shifts the student's first.
+BETA, EPS = 0, 1
+MEANS, SHIFTS = slice(2, 4), slice(4, 6)
+
+
+@dataclass
+class DistanceJob:
+    """One call of the distance kernel: distances between n points relative to their mean, student's against
+    teacher's.
+
+    The matrices are ``[n, ld]`` float64 of squared distances s with unit stride, ld a multiple of
+    ``DISTANCE_PADDING``. The distance d is 0 where s < 0, which says that there is no pair (columns from n on
+    are such), ``sqrt(eps)`` where 0 <= s <= eps, and ``sqrt(s)`` elsewhere, also where s is NaN. With
+    ``x = d / mean``, ``h`` the smooth L1 of the student's x less the teacher's and ``slope`` its derivative:
+
+    STATISTICS writes of each row sum d and how many d != 0, of the student, then the teacher.
+    TERMS writes of each row sum h, sum slope x of the student and sum slope x of the teacher.
+    GRADIENT writes the derivatives of the sum of all h with respect to s, through the means, as if ``s_ij``
+    and ``s_ji`` were two variables: of the student ``(slope - shift) / (2 mean d)`` where d is ``sqrt(s)``,
+    else 0, of the teacher less the same; columns from n on may hold anything.
+
+    Between two phases the driver fills in the means, 1 for one that is 0, and the shifts,
+    sum(slope x) / (how many x != 0).
+    """
+
+    n: int
+    numbers: Tensor
+    student: Tensor
+    teacher: Tensor
+    statistics: Tensor  # [4, n] float64
+    terms: Tensor  # [3, n] float64
+    student_grad: Optional[Tensor] = None
+    teacher_grad: Optional[Tensor] = None
+
+
+DISTANCE_PADDING = 8  # numbers: the widest vector
 
 
 # Columns of a topk's ``statistics`` [n, 1 + 3 M] float64: the largest logit, then for each temperature

@@ -11,7 +11,17 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.rows import GRADIENT, STATISTICS, TERMS, AngleJob, GatherJob, RowJob, Rows, TopkJob
+from kd_kernels.rows import (
+    GRADIENT,
+    STATISTICS,
+    TERMS,
+    AngleJob,
+    DistanceJob,
+    GatherJob,
+    RowJob,
+    Rows,
+    TopkJob,
+)
 
 ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
 
@@ -80,6 +90,7 @@ def _load() -> tuple[Optional[ModuleType], Optional[str]]:
         from kd_kernels import triton_kernels
         from kd_kernels.triton_kernels import (  # noqa: F401
             angle,
+            distance,
             gather,
             half_step,
             pairwise_l1,
@@ -367,6 +378,34 @@ def angle(job: AngleJob) -> None:
             **options(ANGLE_WARPS),
         )
     torch.sum(partial, 1, out=job.sums)
+
+
+DISTANCE_BLOCK, DISTANCE_WARPS = 256, 4
+
+
+def distance(job: DistanceJob, phases: int) -> None:
+    """:func:`kd_kernels.reference.distance` in Triton, one program a row; one phase a call."""
+    if job.n == 0:
+        return
+    gradient = bool(phases & GRADIENT)
+    with on(job.statistics):
+        kernels().distance.distance[(job.n,)](
+            job.numbers,
+            job.student,
+            job.teacher,
+            job.statistics,
+            job.terms,
+            job.terms if job.student_grad is None else job.student_grad,
+            job.terms if job.teacher_grad is None else job.teacher_grad,
+            job.n,
+            job.student.stride(0),
+            STATISTICS=bool(phases & STATISTICS),
+            TERMS=bool(phases & TERMS),
+            STUDENT_GRAD=gradient and job.student_grad is not None,
+            TEACHER_GRAD=gradient and job.teacher_grad is not None,
+            BLOCK=DISTANCE_BLOCK,
+            **options(DISTANCE_WARPS),
+        )
 
 
 def power_of_two(least: int) -> int:

@@ -77,6 +77,7 @@ def _quick_interpreter():
     # now, as some tests change the variable
     from kd_kernels.triton_kernels import (  # noqa: F401
         angle,
+        distance,
         gather,
         half_step,
         pairwise_l1,

@@ -24,6 +24,7 @@ ENTRIES = {
     "gather": 40,
     "topk": 40,
     "angle": 4,
+    "distance": 5,
     "pairwise_l1": 47,
     "half_step": 8,
     "sinkhorn": 24,

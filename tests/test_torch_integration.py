@@ -267,6 +267,7 @@ def test_a_tiny_student_converges(objective):
         lambda x, y: kd.feature_transport(x, y, epsilon=0.3),
         lambda x, y: kd.feature_transport(x, y, epsilon=0.3, gradient="unrolled"),
         lambda x, y: kd.relational_angle(x, y),
+        lambda x, y: kd.relational_distance(x, y),
         lambda x, y: kd.distill(x, y, kd.SortedWasserstein()),
     ],
 )

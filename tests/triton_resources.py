@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from kd_kernels.triton_kernels import angle, gather, half_step, pairwise_l1, scale, sinkhorn, topk
+from kd_kernels.triton_kernels import angle, distance, gather, half_step, pairwise_l1, scale, sinkhorn, topk
 from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,7 +35,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*CATALOGUE, "gather", "topk", "angle", "pairwise_l1", "half_step", "sinkhorn", "scale")
+KERNELS = (*CATALOGUE, "gather", "topk", "angle", "distance", "pairwise_l1", "half_step", "sinkhorn", "scale")
 SIZES = {"small": 1000, "large": 128256}
 IDS = (16, 64, 1024)  # what the kernels that take K ids are compiled for
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -110,14 +110,25 @@ def topk_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[ASTSo
 
 def angle_source(gradients: tuple[bool, bool]) -> tuple[ASTSource, int]:
     constants = dict(zip(("STUDENT_GRAD", "TEACHER_GRAD"), gradients)) | triton_runtime.ANGLE_TILES
-    names = angle.angle.arg_names
+    return _points_source(angle.angle, constants), triton_runtime.ANGLE_WARPS
+
+
+def distance_source(phase: str, gradients: tuple[bool, bool] = (False, False)) -> tuple[ASTSource, int]:
+    constants = {name: name == phase for name in ("STATISTICS", "TERMS")}
+    constants |= dict(zip(("STUDENT_GRAD", "TEACHER_GRAD"), gradients))
+    constants["BLOCK"] = triton_runtime.DISTANCE_BLOCK
+    return _points_source(distance.distance, constants), triton_runtime.DISTANCE_WARPS
+
+
+def _points_source(kernel, constants: dict) -> ASTSource:
+    names = kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else "i32" if name in ("n", "ld") else "*fp64"
         for name in names
     }
     divisible = [[i] for i, name in enumerate(names) if signature[name] == "*fp64"]
     attributes = {tuple(index): [["tt.divisibility", 16]] for index in divisible}
-    return ASTSource(angle.angle, signature, constants, attributes), triton_runtime.ANGLE_WARPS
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def scale_source(dtype: str) -> tuple[ASTSource, int]:
@@ -261,6 +272,12 @@ def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
     if kernel == "angle":
         for gradients in ((False, False), (True, False), (False, True), (True, True)):
             yield f"angle {gradients}", *angle_source(gradients)
+        return
+    if kernel == "distance":
+        for phase in ("STATISTICS", "TERMS"):
+            yield f"distance {phase}", *distance_source(phase)
+        for gradients in ((True, False), (False, True), (True, True)):
+            yield f"distance GRADIENT {gradients}", *distance_source("GRADIENT", gradients)
         return
     if kernel == "scale":
         for dtype in DTYPES:

@@ -9,6 +9,8 @@ one number.
 import triton
 import triton.language as tl
 
+from .smooth_l1 import slope_of, terms_of
+
 
 @triton.jit
 def cosine(s_ij, r_ij, s_ik, r_ik, s_jk):
@@ -19,13 +21,6 @@ def cosine(s_ij, r_ij, s_ik, r_ik, s_jk):
 def column(matrix, rows, j, ld, inside):
     """Entries of column j, upright."""
     return tl.load(matrix + rows * ld + j, mask=inside, other=0.0)[:, None]
-
-
-@triton.jit
-def slope_of(difference, beta):
-    """Of the smooth L1; NaN stays."""
-    scaled = difference / beta
-    return tl.where(scaled > 1.0, 1.0, tl.where(scaled < -1.0, -1.0, scaled))
 
 
 @triton.jit
@@ -67,7 +62,7 @@ def angle(
         t_cos = cosine(t_ij, t_r, t_ik, t_rk, tl.load(teacher + j * ld + k, inside, 0.0)[None, :])
         difference = s_cos - t_cos
         slope = slope_of(difference, width)
-        loss += tl.sum(slope * (difference - 0.5 * width * slope), 1)
+        loss += tl.sum(terms_of(slope, difference, width), 1)
         if STUDENT_GRAD:
             s_inverse += tl.sum(slope * s_rk, 1)
             s_along += tl.sum(slope * s_cos, 1)

@@ -2,6 +2,7 @@
 // their order, so that nothing depends on which thread it was; columns k run along the lanes.
 #include "../angle.h"
 #include "isa.h"
+#include "smooth_l1.h"
 #include "strip.h"
 
 namespace kd {
@@ -10,13 +11,6 @@ namespace {
 
 using V = Vec<double>;
 constexpr int kRows = 2;  // rows j at a time: what is read of row i serves them all
-
-double add_lanes(V x) {
-  double lanes[V::kLanes], total = 0.0;
-  x.store(lanes);
-  for (int i = 0; i < V::kLanes; ++i) total += lanes[i];
-  return total;
-}
 
 // One model's two matrices and its gradient.
 struct Points {
@@ -63,7 +57,7 @@ class AngleRunner {
   template <int rows, bool kStudent, bool kTeacher>
   void walk(int64_t first) {
     const int64_t ld = args_.ld;
-    const V half_beta(0.5 * args_.beta), inverse_beta(1.0 / args_.beta), one(1.0);
+    const SmoothL1 smooth(args_.beta);
     V total[rows];
     for (int j = 0; j < rows; ++j) total[j] = V(0.0);
     if (kStudent) clear(student_, first, rows);
@@ -87,11 +81,8 @@ class AngleRunner {
           const int64_t at = (first + j) * ld + k;
           const V s_cos = (s_ij[j] + s_ik - V::load(student_.squared + at)) * s_half[j] * s_r;
           const V t_cos = (t_ij[j] + t_ik - V::load(teacher_.squared + at)) * t_half[j] * t_r;
-          const V difference = s_cos - t_cos;
-          const V scaled = difference * inverse_beta;
-          // NaN stays: it is the second operand.
-          const V slope = -max_or_second(-one, -max_or_second(-one, scaled));
-          total[j] = fma(slope, fma(-half_beta, slope, difference), total[j]);
+          const V slope = smooth.slope(s_cos - t_cos);
+          total[j] = smooth.add_term(slope, s_cos - t_cos, total[j]);
           if (kStudent) add(student_, student[j], slope, s_cos, s_half[j], s_r, at);
           if (kTeacher) add(teacher_, teacher[j], slope, t_cos, t_half[j], t_r, at);
         }

@@ -10,6 +10,7 @@ namespace {
 struct InstructionSet {
   const char* name;
   decltype(&baseline::angle) angle;
+  decltype(&baseline::distance) distance;
   decltype(&baseline::gather) gather;
   decltype(&baseline::half_step) half_step;
   decltype(&baseline::pairwise_l1) pairwise_l1;
@@ -21,8 +22,8 @@ struct InstructionSet {
 };
 #define KD_INSTRUCTION_SET(isa)                                                                          \
   InstructionSet {                                                                                       \
-    #isa, isa::angle, isa::gather, isa::half_step, isa::pairwise_l1, isa::row_divergence, isa::sinkhorn, \
-        isa::sorted_l1, isa::sorted_l1_scratch, isa::topk                                                \
+    #isa, isa::angle, isa::distance, isa::gather, isa::half_step, isa::pairwise_l1, isa::row_divergence, \
+        isa::sinkhorn, isa::sorted_l1, isa::sorted_l1_scratch, isa::topk                                 \
   }
 
 InstructionSet choose() {
@@ -49,6 +50,10 @@ const InstructionSet& chosen() {
 
 void angle(const Angle& args) {
   if (args.n > 0) chosen().angle(args);
+}
+
+void distance(const Distance& args, unsigned phases) {
+  if (args.n > 0) chosen().distance(args, phases);
 }
 
 void gather(const Gather& args, unsigned phases) {

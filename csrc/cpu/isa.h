@@ -1,6 +1,7 @@
 // The kernels of each instruction set that *_kernel.cpp are compiled for.
 #pragma once
 #include "../angle.h"
+#include "../distance.h"
 #include "../gather.h"
 #include "../half_step.h"
 #include "../pairwise_l1.h"
@@ -13,6 +14,7 @@ namespace kd {
 #define KD_DECLARE_KERNELS(isa)                                    \
   namespace isa {                                                  \
   void angle(const Angle& args);                                   \
+  void distance(const Distance& args, unsigned phases);            \
   void gather(const Gather& args, unsigned phases);                \
   void half_step(const HalfStep& args);                            \
   void pairwise_l1(const PairwiseL1& args, unsigned phases);       \

@@ -179,6 +179,17 @@ KD_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 }
 #endif
 
+#if defined(__AVX512F__)
+KD_INLINE Vec<double> sqrt(Vec<double> x) { return {_mm512_sqrt_pd(x.v)}; }
+#elif defined(__AVX2__)
+KD_INLINE Vec<double> sqrt(Vec<double> x) { return {_mm256_sqrt_pd(x.v)}; }
+#else
+KD_INLINE Vec<double> sqrt(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) x.v[i] = __builtin_sqrt(x.v[i]);
+  return x;
+}
+#endif
+
 // The larger, and b where either is NaN: the operand order that the hardware's max has.
 #if defined(__AVX512F__)
 KD_INLINE Vec<float> max_or_second(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }

@@ -1,4 +1,4 @@
-"""The self-test of what compares points: angles between the rows of two models, transport between them."""
+"""The self-test of what compares points: angles and distances of two models' rows, transport between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_kernels.distill import distill
 from kd_kernels.objectives import SinkhornBatch
-from kd_kernels.relational import relational_angle
+from kd_kernels.relational import relational_angle, relational_distance
 from kd_kernels.sinkhorn import sinkhorn
 from kd_kernels.transport import class_transport
 
@@ -42,6 +42,23 @@ def _cosines(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # as a careful user does it
     unit = F.normalize(x[None] - x[:, None], dim=2)
     return unit @ unit.transpose(1, 2)
+
+
+def distances(models: TwoModels, where: str, dtype: torch.dtype, backend: str, plainly: bool) -> Results:
+    rows = [x.to(where, dtype).requires_grad_() for x in models.tensors]
+    if plainly:
+        loss = F.smooth_l1_loss(*(_relative_distances(x) for x in rows), beta=BETA)
+    else:
+        loss = relational_distance(*rows, beta=BETA, teacher_grad=True, backend=backend)
+    return [("loss", loss), *zip(("d student", "d teacher"), torch.autograd.grad(loss, rows))]
+
+
+def _relative_distances(x: Tensor) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    squared = (x[:, None] - x[None]).square().sum(2)
+    d = torch.where(pairs, torch.where(pairs, squared, 1.0).sqrt(), 0.0)
+    return d / d[pairs].mean()
 
 
 def transport(models: TwoModels, where: str, dtype: torch.dtype, backend: str, plainly: bool) -> Results:
@@ -96,6 +113,7 @@ def _transported(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 CHECKS: dict[str, dict[str, Callable[..., Results]]] = {
     "angle": {"relational angle": angles},
+    "distance": {"relational distance": distances},
     "pairwise_l1": {"batch Sinkhorn": batch_sinkhorn},
     "half_step": {"class transport": classes},
     "sinkhorn": {"transport": transport},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kd_kernels.reference.smooth_l1 import slope_of, terms_of
 from kd_kernels.rows import AngleJob
 
 
@@ -20,8 +21,8 @@ def angle(job: AngleJob) -> None:
     for vertex in range(job.n):
         difference = cosines(job.student, job.student_inverse, vertex, job.n)
         difference -= cosines(job.teacher, job.teacher_inverse, vertex, job.n)
-        slope = (difference / job.beta).clamp(-1, 1)
-        job.sums += (slope * (difference - 0.5 * job.beta * slope)).sum(1)
+        slope = slope_of(difference, job.beta)
+        job.sums += terms_of(slope, difference, job.beta).sum(1)
         if job.student_grad is not None:
             _add_gradient(job.student_grad, slope, job.student, job.student_inverse, vertex, job.n)
         if job.teacher_grad is not None:
