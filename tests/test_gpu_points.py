@@ -49,6 +49,9 @@ def hybrid(x, y):
 LOSSES = {
     "relational distance": lambda x, y: kd.relational_distance(x, y, teacher_grad=True),
     "relational angle": lambda x, y: kd.relational_angle(x, y, teacher_grad=True),
+    "relational distance, masked": lambda x, y: kd.relational_distance(
+        x, y, mask=torch.arange(12, device=x.device) % 5 != 3, beta=0.2, eps=0.0, teacher_grad=True
+    ),
     "features": lambda x, y: kd.feature_transport(x, y, epsilon=0.2, teacher_grad=True),
     "sequences": lambda x, y: sequences(x, y, epsilon=0.2),
     "sequences, attention": lambda x, y: sequences(x, y, epsilon=0.2, cost="attention"),

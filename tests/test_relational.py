@@ -122,18 +122,22 @@ def test_models_that_agree(call, backend):
         assert (x == 0).all()
 
 
+EPS = 1e-12
+
+
 def hostile_squares(n):
     g = torch.Generator().manual_seed(n)
     s = 10.0 ** (40 * torch.randn(n, n + -n % 8, generator=g, dtype=torch.float64))
     s[torch.rand(s.shape, generator=g) < 0.2] = -1.0
     s[torch.rand(s.shape, generator=g) < 0.2] = 0.0
     s[torch.rand(s.shape, generator=g) < 0.1] = 5e-324
+    s[torch.rand(s.shape, generator=g) < 0.1] = EPS
     s[:, n:] = -1.0
     return s
 
 
 @pytest.mark.parametrize("nan", [False, True])
-@pytest.mark.parametrize("eps", [0.0, 1e-12])
+@pytest.mark.parametrize("eps", [0.0, EPS])
 @pytest.mark.parametrize("n", [1, 7, 24])
 def test_distance_kernel_phase_by_phase(backend, n, eps, nan):
     """Numbers that no points have: what is no pair in one model only, lengths from the smallest to 1e90."""
@@ -300,6 +304,13 @@ def test_op(call):
         for needs in ([True, True], [True, False], [False, False]):
             rows = (student if needs[0] else student.detach(), teacher if needs[1] else teacher.detach())
             torch.library.opcheck(op, (*rows, mask, *numbers, "cpu", needs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_op_of_the_backward_pass(dtype):
+    made = torch.ops.kd_kernels.points_backward, (torch.tensor(0.7), X.detach(), dtype, "relational")
+    torch.library.opcheck(*made)
+    assert torch.equal(made[0](*made[1]), (0.7 * X).to(dtype))
 
 
 @pytest.mark.parametrize("call", CALLS)
