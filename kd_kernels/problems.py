@@ -50,7 +50,7 @@ def room(dtype: torch.dtype) -> float:
 def reach(cost: Tensor) -> Tensor:
     """``[n]`` float64: how far a row of costs ``[n, m]`` goes above its least one, infinite ones left out."""
     least, most = cost.amin(1), cost.amax(1)
-    if cost.device.type != "cpu" or bool((most == math.inf).any()):  # looking would wait, memory would not
+    if cost.device.type != "cpu" or bool((most == math.inf).any()):  # a look would wait for a GPU
         most = torch.where(cost < math.inf, cost, -math.inf).amax(1)
     return most.double() - least.double()
 
