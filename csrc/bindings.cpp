@@ -5,6 +5,7 @@
 #include "distance.h"
 #include "gather.h"
 #include "gemm.h"
+#include "gibbs.h"
 #include "half_step.h"
 #include "pairwise_l1.h"
 #include "row_divergence.h"
@@ -223,6 +224,27 @@ void def_distance(py::module_& module) {
   module.def("distance", &kd::distance, py::arg("args"), py::arg("phases"), py::call_guard<py::gil_scoped_release>());
 }
 
+void def_gibbs(py::module_& module) {
+  using kd::Gibbs;
+  py::class_<Gibbs> args(module, "Gibbs");
+  args.def(py::init<>());
+  args.def_readwrite("n", &Gibbs::n);
+  args.def_readwrite("m", &Gibbs::m);
+  args.def_readwrite("wide", &Gibbs::wide);
+  args.def_readwrite("by_column", &Gibbs::by_column);
+  args.def_readwrite("epsilon", &Gibbs::epsilon);
+  def_pointer(args, "cost", &Gibbs::cost);
+  args.def_readwrite("ld", &Gibbs::ld);
+  def_pointer(args, "shift", &Gibbs::shift);
+  def_pointer(args, "reach", &Gibbs::reach);
+  def_pointer(args, "kernel", &Gibbs::kernel);
+  def_pointer(args, "weighted", &Gibbs::weighted);
+  args.def_readwrite("out_ld", &Gibbs::out_ld);
+  args.def_readwrite("threads", &Gibbs::threads);
+
+  module.def("gibbs", &kd::gibbs, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+}
+
 void def_half_step(py::module_& module) {
   using kd::HalfStep;
   py::class_<HalfStep> args(module, "HalfStep");
@@ -236,9 +258,12 @@ void def_half_step(py::module_& module) {
   def_pointer(args, "kernel", &HalfStep::kernel);
   args.def_readwrite("ld", &HalfStep::ld);
   def_pointer(args, "x", &HalfStep::x);
+  args.def_readwrite("x_ld", &HalfStep::x_ld);
   def_pointer(args, "weight", &HalfStep::weight);
+  args.def_readwrite("weight_ld", &HalfStep::weight_ld);
   def_pointer(args, "extra", &HalfStep::extra);
   def_pointer(args, "out", &HalfStep::out);
+  args.def_readwrite("out_ld", &HalfStep::out_ld);
   args.def_readwrite("threads", &HalfStep::threads);
 
   module.def("half_step", &kd::half_step, py::arg("args"), py::call_guard<py::gil_scoped_release>());
@@ -314,6 +339,7 @@ PYBIND11_MODULE(_native, module) {
   def_row_divergence(module);
   def_gather(module);
   def_pairwise_l1(module);
+  def_gibbs(module);
   def_half_step(module);
   def_sinkhorn(module);
   def_sorted_l1(module);

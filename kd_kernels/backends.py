@@ -17,6 +17,7 @@ from kd_kernels import native, native_cuda, triton_runtime, triton_transport
 from kd_kernels.reference.angle import angle as reference_angle
 from kd_kernels.reference.distance import distance as reference_distance
 from kd_kernels.reference.gather import gather as reference_gather
+from kd_kernels.reference.gibbs import gibbs as reference_gibbs
 from kd_kernels.reference.half_step import half_step as reference_half_step
 from kd_kernels.reference.pairwise_l1 import pairwise_l1 as reference_pairwise_l1
 from kd_kernels.reference.row_divergence import row_divergence as reference_row_divergence
@@ -88,6 +89,13 @@ TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], l
         "triton": (triton_transport.pairwise_l1, triton_runtime.why_not),
         "cuda": (None, _not_built),
         "reference": (reference_pairwise_l1, lambda device: []),
+    },
+    "gibbs": {
+        "cpu": (native.gibbs, _cpu_objections),
+        # Once a call and entry by entry: torch's own.
+        "triton": (reference_gibbs, triton_runtime.why_not),
+        "cuda": (None, _not_built),
+        "reference": (reference_gibbs, lambda device: []),
     },
     "half_step": {
         "cpu": (native.half_step, _cpu_objections),

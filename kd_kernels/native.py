@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.problems import HalfStepJob, SinkhornJob
+from kd_kernels.problems import GibbsJob, HalfStepJob, SinkhornJob
 from kd_kernels.rows import (
     AngleJob,
     DistanceJob,
@@ -152,6 +152,21 @@ def sinkhorn(job: SinkhornJob, phases: int) -> None:
     native.sinkhorn(args, phases)
 
 
+def gibbs(job: GibbsJob) -> None:
+    """:func:`kd_kernels.reference.gibbs`, compiled; on ``torch.get_num_threads()`` threads."""
+    native = module()
+    args = native.Gibbs()
+    args.wide, args.epsilon = job.kernel.dtype == torch.float64, job.epsilon
+    args.by_column = job.kernel.stride(1) != 1
+    cost, kernel, weighted = (x.t() if args.by_column else x for x in (job.cost, job.kernel, job.weighted))
+    args.n, args.m = cost.shape
+    args.ld, args.out_ld = cost.stride(0), kernel.stride(0)
+    args.cost, args.shift, args.reach = cost.data_ptr(), job.shift.data_ptr(), job.reach.data_ptr()
+    args.kernel, args.weighted = kernel.data_ptr(), weighted.data_ptr()
+    args.threads = torch.get_num_threads()
+    native.gibbs(args)
+
+
 def half_step(job: HalfStepJob) -> None:
     """:func:`kd_kernels.reference.half_step`, compiled; on ``torch.get_num_threads()`` threads."""
     native = module()
@@ -161,6 +176,7 @@ def half_step(job: HalfStepJob) -> None:
     args.transposed, args.divide = job.transposed, job.divide
     for name in ("kernel", "x", "weight", "extra", "out"):
         setattr(args, name, _address(getattr(job, name)))
+    args.x_ld, args.weight_ld, args.out_ld = job.x.stride(0), job.weight.stride(0), job.out.stride(0)
     args.threads = torch.get_num_threads()
     native.half_step(args)
 

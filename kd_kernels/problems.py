@@ -48,11 +48,12 @@ def room(dtype: torch.dtype) -> float:
 
 
 def reach(cost: Tensor) -> Tensor:
-    """``[n]`` float64: how far a row of costs ``[n, m]`` goes above its least one, infinite ones left out."""
+    """``[n]`` float64: how far a row of costs ``[n, m]`` goes above its least one, infinite ones left
+    out; 0 where all are."""
     least, most = cost.amin(1), cost.amax(1)
     if cost.device.type != "cpu" or bool((most == math.inf).any()):  # a look would wait for a GPU
         most = torch.where(cost < math.inf, cost, -math.inf).amax(1)
-    return most.double() - least.double()
+    return (most.double() - least.double()).clamp(min=0.0)
 
 
 def fits_scalings(cost: Tensor, epsilon: float) -> bool:
@@ -110,12 +111,27 @@ class SinkhornJob:
 
 
 @dataclass
+class GibbsJob:
+    """``kernel = exp((shift - C) / epsilon)`` of a cost, and ``weighted``, the same times C and 0 where the
+    kernel is. The shift is the least finite cost of a row, 0 where there is none; ``reach`` is by how much
+    the largest finite one exceeds it. All float32 or all float64; the matrices ``[n, m]`` have unit stride
+    along the same dimension."""
+
+    cost: Tensor
+    epsilon: float
+    shift: Tensor  # [n]
+    reach: Tensor  # [n]
+    kernel: Tensor
+    weighted: Tensor  # with the strides of ``kernel``
+
+
+@dataclass
 class HalfStepJob:
     """One half-step of all problems that share a cost, whose kernel ``K = exp(-C / epsilon)`` is given.
 
     With ``s = x K'``, or ``x K`` if ``transposed``, ``out`` is ``weight / (s + extra)``, 0 where the weight
     or that denominator is; or, where it does not ``divide``, ``weight s``. float32 or float64, all the same;
-    contiguous but for the rows of ``kernel``.
+    columns are contiguous.
     """
 
     kernel: Tensor  # [n, m], columns contiguous

@@ -166,6 +166,7 @@ def half_step(job: P.HalfStepJob) -> None:
             count,
             outer,
             job.x.shape[1],
+            *(t.stride(0) for t in (job.x, job.weight, job.out)),
             *(reversed(strides) if job.transposed else strides),
             DIVIDE=job.divide,
             EXTRA=job.extra is not None,

@@ -1,4 +1,4 @@
-"""The half_step kernel on every backend, against float64."""
+"""The gibbs and half_step kernels, of transport with one cost for all, on every backend, against float64."""
 
 import pytest
 import torch
@@ -14,6 +14,31 @@ def step(backend, kernel, x, weight, transposed, divide, extra=None):
     out = torch.full_like(weight, torch.nan)
     TABLE["half_step"][backend][0](P.HalfStepJob(kernel, x, weight, out, transposed, divide, extra))
     return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("n, m", [(1, 1), (7, 130), (300, 9)])
+def test_gibbs(n, m, turned, dtype, backend):
+    def matrix(values):
+        wide = torch.full((m, n + 3) if turned else (n, m + 3), -99.0, dtype=dtype)
+        inner = wide[:, :n].t() if turned else wide[:, :m]
+        return inner.copy_(values)
+
+    cost = 3 * torch.rand(n, m, dtype=torch.float64).to(dtype) + 1
+    if n > 1:
+        cost[1, 2], cost[3] = torch.inf, torch.inf
+    kernel, weighted = matrix(0), matrix(0)
+    shift, reach = (torch.full((n,), torch.nan, dtype=dtype) for _ in range(2))
+    TABLE["gibbs"][backend][0](P.GibbsJob(matrix(cost), 0.3, shift, reach, kernel, weighted))
+    wide = cost.double()
+    least = torch.where(wide.amin(1) < torch.inf, wide.amin(1), 0.0)
+    exact = ((least[:, None] - wide) / 0.3).exp()
+    bar = 1e-13 if dtype == torch.float64 else 2e-6
+    assert torch.equal(shift, least.to(dtype))
+    assert error(reach, (wide.masked_fill(wide == torch.inf, -torch.inf).amax(1) - least).clamp(min=0)) < bar
+    assert error(kernel, exact) < bar
+    assert error(weighted, torch.where(exact == 0, 0.0, exact * wide)) < bar
 
 
 def drawn(count, n, m, transposed, dtype=torch.float64):

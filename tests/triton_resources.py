@@ -149,7 +149,8 @@ def half_step_source(dtype: str, transposed: bool, divide: bool) -> tuple[ASTSou
     wide = dtype == "float64"
     constants = {"DIVIDE": divide, "EXTRA": divide, "F": kernels.tl.float64 if wide else kernels.tl.float32}
     constants |= triton_transport.half_step_tile(wide) | {"outer_stride" if transposed else "inner_stride": 1}
-    kinds = dict.fromkeys(("count", "outer", "inner", "outer_stride", "inner_stride"), "i32")
+    strides = ("x_stride", "weight_stride", "out_stride", "outer_stride", "inner_stride")
+    kinds = dict.fromkeys(("count", "outer", "inner", *strides), "i32")
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, f"*{DTYPES[dtype]}")
         for name in half_step.half_step.arg_names

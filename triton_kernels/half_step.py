@@ -18,6 +18,9 @@ def half_step(
     count,
     outer,
     inner,
+    x_stride,
+    weight_stride,
+    out_stride,
     outer_stride,
     inner_stride,
     DIVIDE: tl.constexpr,
@@ -35,15 +38,15 @@ def half_step(
         i = start + tl.arange(0, INNER)
         left = i < inner
         of_problem = tl.load(
-            x + problem.to(tl.int64)[:, None] * inner + i[None, :], there[:, None] & left[None, :], 0.0
+            x + problem.to(tl.int64)[:, None] * x_stride + i[None, :], there[:, None] & left[None, :], 0.0
         )
         at = i.to(tl.int64)[:, None] * inner_stride + column.to(tl.int64)[None, :] * outer_stride
         of_kernel = tl.load(kernel + at, left[:, None] & inside[None, :], 0.0)
         # Never TF32: scalings would stop converging at 1e-3.
         sums += tl.dot(of_problem, of_kernel, input_precision="ieee", out_dtype=F)
-    at = problem.to(tl.int64)[:, None] * outer + column[None, :]
+    row = problem.to(tl.int64)[:, None]
     both = there[:, None] & inside[None, :]
-    factor = tl.load(weight + at, both, 0.0)
+    factor = tl.load(weight + row * weight_stride + column[None, :], both, 0.0)
     if DIVIDE:
         if EXTRA:
             sums += tl.load(extra + column, inside, 0.0)[None, :]
@@ -51,4 +54,4 @@ def half_step(
         found = tl.where(nothing, 0.0, factor / tl.where(nothing, 1.0, sums))
     else:
         found = factor * sums
-    tl.store(out + at, found, both)
+    tl.store(out + row * out_stride + column[None, :], found, both)

@@ -12,6 +12,7 @@ struct InstructionSet {
   decltype(&baseline::angle) angle;
   decltype(&baseline::distance) distance;
   decltype(&baseline::gather) gather;
+  decltype(&baseline::gibbs) gibbs;
   decltype(&baseline::half_step) half_step;
   decltype(&baseline::pairwise_l1) pairwise_l1;
   decltype(&baseline::row_divergence) row_divergence;
@@ -20,10 +21,10 @@ struct InstructionSet {
   decltype(&baseline::sorted_l1_scratch) sorted_l1_scratch;
   decltype(&baseline::topk) topk;
 };
-#define KD_INSTRUCTION_SET(isa)                                                                          \
-  InstructionSet {                                                                                       \
-    #isa, isa::angle, isa::distance, isa::gather, isa::half_step, isa::pairwise_l1, isa::row_divergence, \
-        isa::sinkhorn, isa::sorted_l1, isa::sorted_l1_scratch, isa::topk                                 \
+#define KD_INSTRUCTION_SET(isa)                                                                                      \
+  InstructionSet {                                                                                                   \
+    #isa, isa::angle, isa::distance, isa::gather, isa::gibbs, isa::half_step, isa::pairwise_l1, isa::row_divergence, \
+        isa::sinkhorn, isa::sorted_l1, isa::sorted_l1_scratch, isa::topk                                             \
   }
 
 InstructionSet choose() {
@@ -58,6 +59,10 @@ void distance(const Distance& args, unsigned phases) {
 
 void gather(const Gather& args, unsigned phases) {
   if (args.n > 0) chosen().gather(args, phases);
+}
+
+void gibbs(const Gibbs& args) {
+  if (args.n > 0 && args.m > 0) chosen().gibbs(args);
 }
 
 void half_step(const HalfStep& args) {

@@ -14,7 +14,7 @@ constexpr bool kManyRegisters = kVectorBytes == 64;
 constexpr int kRows = 4, kProblems = kManyRegisters ? 4 : 2;
 constexpr int kColumnVectors = kManyRegisters ? 3 : 2, kColumnProblems = kManyRegisters ? 8 : 4;
 // Sums of many rows are made of sums of few, which rounds less.
-constexpr int64_t kFewRows = 64;
+constexpr int64_t kFewRows = 64, kAhead = 16;
 
 template <class T>
 class HalfStepRunner {
@@ -62,7 +62,7 @@ class HalfStepRunner {
 
   template <int height, int problems>
   void products(int64_t i, int64_t problem) {
-    const T *kernel = kernel_ + i * args_.ld, *x = x_ + problem * args_.m;
+    const T *kernel = kernel_ + i * args_.ld, *x = x_ + problem * args_.x_ld;
     V sums[problems][height];
     for (int p = 0; p < problems; ++p)
       for (int r = 0; r < height; ++r) sums[p][r] = V(0.0);
@@ -72,7 +72,7 @@ class HalfStepRunner {
       for (int r = 0; r < height; ++r) k[r] = load(kernel + r * args_.ld + j);
 #pragma GCC unroll 4
       for (int p = 0; p < problems; ++p) {
-        const V of_problem = load(x + p * args_.m + j);
+        const V of_problem = load(x + p * args_.x_ld + j);
 #pragma GCC unroll 4
         for (int r = 0; r < height; ++r) sums[p][r] = fma(k[r], of_problem, sums[p][r]);
       }
@@ -82,7 +82,7 @@ class HalfStepRunner {
     if (left > 0) add([left](const T* at) { return load_some(at, left); }, whole);
     T sum_of[height * problems > V::kLanes ? height * problems : V::kLanes];
     sum_lanes_of_many<height * problems, V::kLanes>(&sums[0][0], sum_of);
-    for (int p = 0; p < problems; ++p) finish<height>(sum_of + p * height, (problem + p) * args_.n + i, i);
+    for (int p = 0; p < problems; ++p) finish<height>(sum_of + p * height, problem + p, i);
   }
 
   // `width` lanes of the last vector are columns.
@@ -91,12 +91,14 @@ class HalfStepRunner {
     int64_t problem = 0;
     for (; problem + kColumnProblems <= args_.count; problem += kColumnProblems)
       combinations<vectors, kColumnProblems>(j, width, problem);
+    for (; problem + kColumnProblems / 2 <= args_.count; problem += kColumnProblems / 2)
+      combinations<vectors, kColumnProblems / 2>(j, width, problem);
     for (; problem < args_.count; ++problem) combinations<vectors, 1>(j, width, problem);
   }
 
   template <int vectors, int problems>
   void combinations(int64_t j, int64_t width, int64_t problem) {
-    const T *kernel = kernel_ + j, *x = x_ + problem * args_.n;
+    const T *kernel = kernel_ + j, *x = x_ + problem * args_.x_ld;
     const bool whole = width == V::kLanes;
     V totals[problems][vectors];
     for (int p = 0; p < problems; ++p)
@@ -108,6 +110,9 @@ class HalfStepRunner {
         for (int w = 0; w < vectors; ++w) sums[p][w] = V(0.0);
       for (int64_t i = first; i < end; ++i) {
         V k[vectors];
+        // Rows stand on pages of their own, across which the hardware does not look ahead.
+#pragma GCC unroll 4
+        for (int w = 0; w < vectors; ++w) __builtin_prefetch(kernel + (i + kAhead) * args_.ld + w * V::kLanes);
 #pragma GCC unroll 4
         for (int w = 0; w < vectors; ++w) {
           const T* at = kernel + i * args_.ld + w * V::kLanes;
@@ -115,7 +120,7 @@ class HalfStepRunner {
         }
 #pragma GCC unroll 8
         for (int p = 0; p < problems; ++p) {
-          const V of_problem(static_cast<double>(x[p * args_.n + i]));
+          const V of_problem(static_cast<double>(x[p * args_.x_ld + i]));
 #pragma GCC unroll 4
           for (int w = 0; w < vectors; ++w) sums[p][w] = fma(of_problem, k[w], sums[p][w]);
         }
@@ -125,29 +130,30 @@ class HalfStepRunner {
     }
     for (int p = 0; p < problems; ++p)
       for (int w = 0; w < vectors; ++w) {
-        const int64_t column = j + w * V::kLanes, at = (problem + p) * args_.m + column;
+        const int64_t column = j + w * V::kLanes;
         T sum_of[V::kLanes];
         totals[p][w].store(sum_of);
         if (whole) {
-          finish<V::kLanes>(sum_of, at, column);
+          finish<V::kLanes>(sum_of, problem + p, column);
         } else {
-          for (int64_t lane = 0; lane < width; ++lane) finish<1>(sum_of + lane, at + lane, column + lane);
+          for (int64_t lane = 0; lane < width; ++lane) finish<1>(sum_of + lane, problem + p, column + lane);
         }
       }
   }
 
-  // `size` sums that stand side by side in `out` and `extra`.
+  // The sums of `size` entries side by side.
   template <int size>
-  KD_INLINE void finish(const T* sum_of, int64_t at, int64_t extra_at) const {
+  KD_INLINE void finish(const T* sum_of, int64_t problem, int64_t entry) const {
+    const T* weight = weight_ + problem * args_.weight_ld + entry;
+    T* out = out_ + problem * args_.out_ld + entry;
 #pragma GCC unroll 16
     for (int i = 0; i < size; ++i) {
-      const T weight = weight_[at + i];
       if (!args_.divide) {
-        out_[at + i] = weight * sum_of[i];
+        out[i] = weight[i] * sum_of[i];
         continue;
       }
-      const T denominator = sum_of[i] + (extra_ ? extra_[extra_at + i] : T(0));
-      out_[at + i] = weight == 0 || denominator == 0 ? T(0) : weight / denominator;
+      const T denominator = sum_of[i] + (extra_ ? extra_[entry + i] : T(0));
+      out[i] = weight[i] == 0 || denominator == 0 ? T(0) : weight[i] / denominator;
     }
   }
 

@@ -3,6 +3,7 @@
 #include "../angle.h"
 #include "../distance.h"
 #include "../gather.h"
+#include "../gibbs.h"
 #include "../half_step.h"
 #include "../pairwise_l1.h"
 #include "../row_divergence.h"
@@ -16,6 +17,7 @@ namespace kd {
   void angle(const Angle& args);                                   \
   void distance(const Distance& args, unsigned phases);            \
   void gather(const Gather& args, unsigned phases);                \
+  void gibbs(const Gibbs& args);                                   \
   void half_step(const HalfStep& args);                            \
   void pairwise_l1(const PairwiseL1& args, unsigned phases);       \
   void row_divergence(const RowDivergence& args, unsigned phases); \

@@ -11,7 +11,7 @@ using namespace row_test;
 
 template <class T>
 struct Case {
-  int64_t count, n, m, ld;
+  int64_t count, n, m, ld, x_ld, weight_ld, out_ld;
   bool transposed, divide;
   std::vector<T> kernel, x, weight, extra, out;
 
@@ -24,11 +24,14 @@ struct Case {
     draw(kernel, n * ld);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = m; j < ld; ++j) kernel[i * ld + j] = static_cast<T>(kNaN);  // not the kernel's
-    draw(x, count * inner());
-    draw(weight, count * outer());
+    x_ld = inner() + 1;
+    weight_ld = outer() + 2;
+    out_ld = outer() + 4;
+    draw(x, count * x_ld);
+    draw(weight, count * weight_ld);
     draw(extra, outer());
-    if (!weight.empty()) weight[0] = 0;
-    out.assign(count * outer(), static_cast<T>(kNaN));
+    weight[0] = 0;
+    out.assign(count * out_ld, T(7));
   }
 
   int64_t inner() const { return transposed ? n : m; }
@@ -45,9 +48,12 @@ struct Case {
     args.kernel = kernel.data();
     args.ld = ld;
     args.x = x.data();
+    args.x_ld = x_ld;
     args.weight = weight.data();
+    args.weight_ld = weight_ld;
     args.extra = with_extra ? extra.data() : nullptr;
     args.out = out.data();
+    args.out_ld = out_ld;
     args.threads = threads;
     kd::half_step(args);
   }
@@ -58,12 +64,14 @@ struct Case {
       for (int64_t o = 0; o < outer(); ++o) {
         double sum = 0.0;
         for (int64_t i = 0; i < inner(); ++i)
-          sum += static_cast<double>(x[b * inner() + i]) * (transposed ? kernel[i * ld + o] : kernel[o * ld + i]);
-        const double w = weight[b * outer() + o], got = out[b * outer() + o];
+          sum += static_cast<double>(x[b * x_ld + i]) * (transposed ? kernel[i * ld + o] : kernel[o * ld + i]);
+        const double w = weight[b * weight_ld + o], got = out[b * out_ld + o];
         const double want = divide ? w / (sum + (with_extra ? extra[o] : T(0))) : w * sum;
         CHECK(std::fabs(got - want) <= bar * std::fabs(want), "%.9g, not %.9g (%ld x %ld x %ld, %d %d)", got, want,
               long(count), long(n), long(m), transposed, divide);
       }
+    for (int64_t b = 0; b < count; ++b)
+      for (int64_t o = outer(); o < out_ld; ++o) CHECK(out[b * out_ld + o] == 7, "written past a row's end");
   }
 };
 
@@ -89,13 +97,13 @@ template <class T>
 void edges(Random& random) {
   for (bool transposed : {false, true}) {
     Case<T> c(random, 3, 5, 5, transposed, true);
-    for (int64_t i = 0; i < 5; ++i) c.x[5 + i] = 0;
-    c.x[2 * 5 + 3] = static_cast<T>(kNaN);
+    for (int64_t i = 0; i < 5; ++i) c.x[c.x_ld + i] = 0;
+    c.x[2 * c.x_ld + 3] = static_cast<T>(kNaN);
     c.run(1, false);
     CHECK(c.out[0] == 0 && c.out[1] > 0, "no weight: %g", double(c.out[0]));
     for (int64_t i = 0; i < 5; ++i) {
-      CHECK(c.out[5 + i] == 0, "no denominator: %g", double(c.out[5 + i]));
-      CHECK(std::isnan(c.out[10 + i]), "NaN: %g", double(c.out[10 + i]));
+      CHECK(c.out[c.out_ld + i] == 0, "no denominator: %g", double(c.out[c.out_ld + i]));
+      CHECK(std::isnan(c.out[2 * c.out_ld + i]), "NaN: %g", double(c.out[2 * c.out_ld + i]));
     }
   }
 }

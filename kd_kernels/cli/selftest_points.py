@@ -115,6 +115,7 @@ CHECKS: dict[str, dict[str, Callable[..., Results]]] = {
     "angle": {"relational angle": angles},
     "distance": {"relational distance": distances},
     "pairwise_l1": {"batch Sinkhorn": batch_sinkhorn},
+    "gibbs": {"class transport": classes},
     "half_step": {"class transport": classes},
     "sinkhorn": {"transport": transport},
 }

@@ -131,7 +131,7 @@ def _run(
     elif call.domain == P.SCALING or (
         call.domain == P.AUTO and P.fits_scalings(cost[0], float(call.epsilons.min()))
     ):
-        shared_cost(job, phase, pick("half_step", call.a.device, call.backend)[1])
+        shared_cost(job, phase, *(pick(op, call.a.device, call.backend)[1] for op in ("gibbs", "half_step")))
     else:
         _in_slabs(kernel, job, phase)
     if results is not None and flip and results[0] is not None:

@@ -1,10 +1,10 @@
 """One cost shared by many problems: every half-step of all of them is one matrix product.
 
 ``U [B, n]`` and ``V [B, m]`` are the scalings of all problems, ``K`` the kernel ``exp(-(C - row's least) /
-epsilon)`` that they share: ``U = a / (V K')``, ``V = b / (U K)``, made by the half_step kernel. Nothing is
-ever ``[B, n, m]``. It takes the Sinkhorn kernel's jobs (:class:`kd_kernels.problems.SinkhornJob`), but
-``d_cost`` is ``[n, m]``, or None where it is not wanted, ``cost`` may have any strides, and ``denominator``
-counts.
+epsilon)`` that they share, which the gibbs kernel makes: ``U = a / (V K')``, ``V = b / (U K)``, which the
+half_step kernel makes. Nothing is ever ``[B, n, m]``. It takes the Sinkhorn kernel's jobs
+(:class:`kd_kernels.problems.SinkhornJob`), but ``d_cost`` is ``[n, m]``, or None where it is not wanted,
+``cost`` may have any strides, ``denominator`` counts, and the histories hold U and V.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ def _ieee_products(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(before)
 
 
-def shared_cost(job: P.SinkhornJob, phases: int, half_step: Callable[[P.HalfStepJob], None]) -> None:
+def shared_cost(
+    job: P.SinkhornJob,
+    phases: int,
+    gibbs: Callable[[P.GibbsJob], None],
+    half_step: Callable[[P.HalfStepJob], None],
+) -> None:
     """Run the phases of ``job``."""
     cost, dtype = job.cost[0], job.a.dtype
     # As the cost lies in memory, for pages that come anew would cost more than the exponentials.
@@ -57,7 +62,7 @@ def shared_cost(job: P.SinkhornJob, phases: int, half_step: Callable[[P.HalfStep
     kept = borrow(size, cost.device) if size <= _MOST_KEPT else _dropped(size, cost.device)
     with _ieee_products(cost.device), kept as workspace:
         matrices = (workspace.take(*shape, dtype) for _ in range(2))
-        shared = _Shared(job, half_step, *(x.t() if turned else x for x in matrices))
+        shared = _Shared(job, gibbs, half_step, *(x.t() if turned else x for x in matrices))
         if phases & P.SOLVE:
             shared.solve()
         if phases & P.UNROLLED:
@@ -82,20 +87,21 @@ class _Shared:
     def __init__(
         self,
         job: P.SinkhornJob,
+        gibbs: Callable[[P.GibbsJob], None],
         half_step: Callable[[P.HalfStepJob], None],
         kernel: Tensor,
         weighted: Tensor,
     ) -> None:
         self.job, self.half_step, self.epsilon = job, half_step, float(job.epsilons[-1])
         self.cost = job.cost[0].to(job.a.dtype)
-        least = self.cost.amin(1)
-        self.shift = torch.where(least < _INF, least, 0.0)  # of each row
-        self.kernel = self.kernel_at(self.epsilon, kernel)
-        # P * C sums over this. A forbidden pair has no plan; NaN is the kernel's to show.
-        self.weighted = torch.mul(self.kernel, self.cost, out=weighted).nan_to_num_(0.0)
+        if 1 not in self.cost.stride():
+            self.cost = self.cost.contiguous()
+        self.kernel, self.weighted = kernel, weighted  # P * C sums over the second
+        self.shift, self.reach = (job.a.new_empty(len(kernel)) for _ in range(2))  # of each row
+        gibbs(P.GibbsJob(self.cost, self.epsilon, self.shift, self.reach, kernel, weighted))
 
-    def kernel_at(self, epsilon: float, out: Optional[Tensor] = None) -> Tensor:
-        return torch.sub(self.cost, self.shift[:, None], out=out).div_(-epsilon).exp_()
+    def kernel_at(self, epsilon: float) -> Tensor:
+        return (self.cost - self.shift[:, None]).div_(-epsilon).exp_()
 
     def product(
         self,
@@ -105,11 +111,11 @@ class _Shared:
         transposed: bool,
         divide: bool = False,
         extra: Optional[Tensor] = None,
+        out: Optional[Tensor] = None,
     ) -> Tensor:
         if kernel.stride(1) != 1:
             kernel, transposed = kernel.t(), not transposed
-        x, weight = x.contiguous(), weight.contiguous()
-        out = torch.empty_like(weight)
+        out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
         self.half_step(P.HalfStepJob(kernel, x, weight, out, transposed, divide, extra))
         return out
 
@@ -143,7 +149,6 @@ class _Shared:
     def solve(self) -> None:
         job, kernel = self.job, self.kernel
         v, of_rows, of_columns = self.start(), *self.extras()
-        us, vs = [], []
         u, done = torch.zeros_like(job.a), torch.zeros_like(job.a[:, 0], dtype=torch.bool)
         taken = torch.zeros_like(job.numbers[:, 0])
         # Another epsilon is another kernel, and v the same potentials in another unit.
@@ -153,25 +158,18 @@ class _Shared:
                 kernel = self.kernel if epsilon == self.epsilon else self.kernel_at(epsilon)
                 v = torch.where(done[:, None], v, v ** (before / epsilon))
                 before = epsilon
-            next_u = self.product(kernel, v, job.a, False, divide=True, extra=of_rows)
+            of_step = [None if x is None else x[:, step] for x in (job.phi_history, job.psi_history)]
+            next_u = self.product(kernel, v, job.a, False, True, of_rows, of_step[0])
             if job.looks(step):  # a / next_u is what the plan's rows sum to, per u
                 error = (u * (job.a / _without_zeros(next_u)) - job.a).abs().sum(1)
                 done = done | (error <= job.tolerance * job.a.sum(1))
                 if job.a.device.type == "cpu" and bool(done.all()):
                     break
-            next_v = self.product(kernel, next_u, job.b, True, divide=True, extra=of_columns)
+            next_v = self.product(kernel, next_u, job.b, True, True, of_columns, of_step[1])
             if job.tolerance > 0:
                 next_u, next_v = (torch.where(done[:, None], x, y) for x, y in ((u, next_u), (v, next_v)))
             u, v = next_u, next_v
             taken += ~done
-            if job.phi_history is not None:
-                us.append(u)
-                vs.append(v)
-        if job.phi_history is not None and job.psi_history is not None:
-            for history, found in zip(
-                (job.phi_history, job.psi_history), self.potentials(torch.stack(us, 1), torch.stack(vs, 1))
-            ):
-                history.copy_(found)
         self.report(u, v, taken)
 
     def report(self, u: Tensor, v: Tensor, taken: Tensor) -> None:
@@ -179,15 +177,18 @@ class _Shared:
         phi, psi = self.potentials(u, v)
         job.phi.copy_(phi)
         job.psi.copy_(psi)
-        reached, met = self.along_rows(v, ones[0]), self.along_columns(u, ones[1])
+        reached = self.along_rows(v, ones[0])
         sums = u * reached
         transport = self.along_rows(v, u, self.weighted).sum(1, dtype=torch.float64)
         job.numbers[:, P.TRANSPORT] = transport
         job.numbers[:, P.ERROR] = (sums - job.a).abs().sum(1, dtype=torch.float64)
         job.numbers[:, P.ITERATIONS] = taken
         job.numbers[:, P.GAP] = product_gap(job, sums.double(), self.epsilon)
-        infeasible = ((job.a > 0) & (reached == 0)).any(1) | ((job.b > 0) & (met == 0)).any(1)
-        out = (P.reach(self.cost) > self.epsilon * P.room(job.a.dtype)).any()
+        infeasible = ((job.a > 0) & (reached == 0)).any(1)
+        unmet = (job.b > 0) & (v == 0)  # by rounding, or because nothing reaches it
+        if job.b.device.type != "cpu" or bool(unmet.any()):
+            infeasible |= (unmet & (self.along_columns(u, ones[1]) == 0)).any(1)
+        out = (self.reach > self.epsilon * P.room(job.a.dtype)).any()
         status = torch.where(
             out, float(P.OUT_OF_ROOM), torch.where(infeasible, float(P.INFEASIBLE), float(P.SOLVED))
         )
@@ -199,10 +200,10 @@ class _Shared:
         by_row, by_column = self.through(u, v)
         d_phi, d_psi = job.d_phi + by_row, job.d_psi + by_column
         a, b = _without_zeros(job.a), _without_zeros(job.b)
-        us, vs = self.scalings(*(x.transpose(0, 1).contiguous() for x in (job.phi_history, job.psi_history)))
         left, right = [], []  # factors of the cost's gradient
         for step in reversed(range(job.iterations)):
-            u, v, before = us[step], vs[step], vs[step - 1] if step > 0 else self.start()
+            u, v = job.phi_history[:, step], job.psi_history[:, step]
+            before = job.psi_history[:, step - 1] if step > 0 else self.start()
             job.d_b += d_psi
             columns = v * (d_psi / b)
             d_phi = d_phi - self.along_rows(columns, u)

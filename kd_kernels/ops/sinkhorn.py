@@ -34,8 +34,9 @@ def _unpack(call: dict) -> Call:
 
 def _check_marginals(a: Tensor, b: Tensor) -> None:
     for name, mass in (("a", a), ("b", b)):
-        wrong = mass[~((mass >= 0) & mass.isfinite())]
-        if wrong.numel():
+        right = (mass >= 0) & (mass < torch.inf)
+        if not bool(right.all()):
+            wrong = mass[~right]
             raise ValueError(f"{name} must be finite and >= 0, got {wrong[0].item()}")
     masses = torch.stack([x.sum(1, dtype=torch.float64) for x in (a, b)])
     apart = (masses[0] - masses[1]).abs() > 1e-3 * masses.amax(0)
