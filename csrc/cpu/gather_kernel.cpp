@@ -17,7 +17,8 @@ struct GatherLanes {
 
 // gradient = share (soft + slope log share) + hard share_hard
 template <class T, bool kSlope, bool kHard>
-void share_block(const T* z, int steps, const GatherLanes<T>& lanes, const Ahead& ahead, T* gradient) {
+void share_block(const T* z, int steps, const GatherLanes<T>& lanes, const Ahead& ahead, const Ahead& ahead_gradient,
+                 T* gradient) {
   using V = Vec<T>;
   const V zero(0.0);
   for (int lane = 0; lane < kLanes<T>; lane += V::kLanes) {
@@ -29,6 +30,7 @@ void share_block(const T* z, int steps, const GatherLanes<T>& lanes, const Ahead
     for (int step = 0; step < steps; ++step) {
       const int at = step * kLanes<T> + lane;
       ahead.touch(step, lane);
+      ahead_gradient.touch(step, lane);
       const V below = V::load(z + at) - max, log_share = fma(below, inverse_temperature, -logz);
       const V share = exp(log_share);
       V sum = select(no_soft, zero, soft * share);
@@ -45,7 +47,8 @@ void share_block(const T* z, int steps, const GatherLanes<T>& lanes, const Ahead
 template <class T>
 class GatherRunner : Strip<T> {
   using Base = Strip<T>;
-  using Base::ahead, Base::block_width, Base::entry, Base::load, Base::reduce, Base::row_major_, Base::shape;
+  using Base::ahead, Base::ahead_gradient, Base::block_width, Base::entry, Base::load, Base::reduce, Base::row_major_,
+      Base::shape;
   using Base::store, Base::token, Base::tokens_;
 
  public:
@@ -178,7 +181,7 @@ class GatherRunner : Strip<T> {
     rewind();
     for (int64_t v = 0; v < args_.vocab; v += block_width()) {
       const int steps = load(args_.side, v, z_);
-      dense(z_.at, steps, lanes_, ahead(args_.side, v), gradient_.at);
+      dense(z_.at, steps, lanes_, ahead(args_.side, v), ahead_gradient(args_.side, v), gradient_.at);
       visit_ids(v, [&](int64_t index, int64_t at) { gradient_.at[at] = static_cast<T>(args_.at_ids[index] * scale); });
       store(args_.side, v, z_, gradient_.at);
     }
