@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Optional
 
@@ -211,6 +212,8 @@ def class_transport(
     check_positive("temperature", temperature)
     if target_weight and labels is None:
         raise ValueError("target_weight needs labels")
+    if not isinstance(denominator_eps, (int, float)) or not 0 <= denominator_eps < math.inf:
+        raise ValueError(f"denominator_eps must be a finite number >= 0, got {denominator_eps!r}")
     if denominator_eps and domain != "scaling":
         raise ValueError(f'denominator_eps needs domain="scaling", got {domain!r}')
     dtype = result_dtype(student_logits, teacher_logits)
@@ -230,14 +233,15 @@ def class_transport(
     held = [(x / temperature).masked_fill(~here, -torch.inf).softmax(1) for x in (z, y)]
     sound = ~(held[0] + held[1]).isnan().any(1)
     a, b = (torch.where(sound[:, None], x, 0.0) for x in held)
-    lost = torch.where(sound, 0.0, held[0].sum(1) + held[1].sum(1))
+    lost = sum(torch.where(sound[:, None], 0.0, x).sum(1) for x in (z, y))
+    lost = lost * torch.where(sound, 0.0, torch.nan)  # in the gradients of both sides too
     loss = lost + class_cost(
         cost.detach().to(dtype), a, b, epsilon=epsilon, iterations=iterations, domain=domain, order=order,
         denominator=denominator_eps, backend=backend,
     )  # fmt: skip
     if target_weight:
         p, log_q = y.softmax(1).gather(1, label), z.log_softmax(1).gather(1, label)
-        loss = loss - target_weight * torch.where(p == 0, 0.0, p * log_q)[:, 0]
+        loss = loss - target_weight * (p * torch.where(p == 0, 0.0, log_q))[:, 0]
     if labels is not None:
         loss = torch.where((labels == label[:, 0]) | ~counts, loss, torch.nan)  # where nothing was checked
     return _reduced(torch.where(counts, loss, 0.0), counts.sum(), reduction)

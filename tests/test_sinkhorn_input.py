@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import error
 from transport import BACKENDS, NAMES, Problems, agree, dense  # noqa: F401
 
 import kd_kernels as kd
@@ -140,3 +141,27 @@ def test_one_side_without_entries_is_a_problem_of_nothing():
     assert found.transport_cost[0] == 0 and found.transport_cost[1] > 0
     assert not cost.grad[0].any() and cost.grad[1].any()
     assert kd.sinkhorn(torch.rand(2, 0, 3), epsilon=0.1).transport_cost.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("domain", ["auto", "scaling", "log"])
+def test_what_no_problem_has_is_not_read(domain, backend):
+    """A row and a column of a shared cost that are absent in all problems, whatever stands there."""
+    problems = Problems(shared=True)
+    kept = [0, 1, 3, 4, 5, 6]
+    problems.a[:, 2] = 0.0
+    problems.b[:, 0] = 0.0
+    problems.b *= (problems.a.sum(1) / problems.b.sum(1))[:, None]
+    options = {"epsilon": 0.2, "iterations": 5, "domain": domain, "backend": backend}
+    wanted = kd.sinkhorn(problems.cost[kept][:, 1:], problems.a[:, kept], problems.b[:, 1:], **options)
+    for poison in (torch.nan, -torch.inf, 1e30):
+        problems.cost[2], problems.cost[:, 0] = poison, poison
+        found = kd.sinkhorn(problems.cost, problems.a, problems.b, **options)
+        assert error(found.transport_cost, wanted.transport_cost) < 1e-10
+
+
+def test_a_schedule_from_far_above(backend):
+    problems = Problems(shared=True)
+    options = {"epsilon": 0.02, "iterations": 300, "epsilon_schedule": [3.0], "backend": backend}
+    found = kd.sinkhorn(problems.cost, problems.a, problems.b, domain="scaling", **options)
+    wanted = kd.sinkhorn(problems.cost, problems.a, problems.b, domain="log", **options)
+    assert error(found.transport_cost, wanted.transport_cost) < 1e-6

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, FLOOR, error
-from watch import Largest
 
 import kd_kernels as kd
 from kd_kernels.transport import COSTS
@@ -43,6 +42,11 @@ def unrolled(cost, a, b, epsilon, iterations, order="rows_columns", entropic=Fal
     value = (plan * cost).sum()
     product = a[:, None] * b
     return value + (epsilon * (plan * (plan / product).log() - plan + product).sum() if entropic else 0.0)
+
+
+def classes(c, dtype=torch.float64, seed=5):
+    x = F.normalize(normal(c, 6, seed=seed), dim=1)
+    return (1 - (-(1 - x @ x.t()).clamp(min=0)).exp()).fill_diagonal_(0.0).to(dtype)
 
 
 # --- features -----------------------------------------------------------------------------------------
@@ -285,155 +289,6 @@ def test_published_attention_cost_is_nearly_constant():
     assert (parts.product_gap > 1.5).all()
 
 
-# --- classes ------------------------------------------------------------------------------------------
-
-
-def classes(c, dtype=torch.float64, seed=5):
-    x = F.normalize(normal(c, 6, seed=seed), dim=1)
-    return (1 - (-(1 - x @ x.t()).clamp(min=0)).exp()).fill_diagonal_(0.0).to(dtype)
-
-
-def published_classes(
-    z, y, cost, labels, epsilon=0.05, iterations=10, temperature=2.0, tiny=1e-8, target=0.0
-):
-    """WKD-L as published: the label's class cut out of logits and of a copy of the cost for every sample."""
-    n, c = z.shape
-    keep = torch.ones_like(z, dtype=torch.bool).scatter_(1, labels[:, None], False)
-    a, b = ((x[keep].reshape(n, c - 1) / temperature).softmax(1) for x in (z, y))
-    costs = cost.repeat(n, 1, 1)[keep[:, :, None] & keep[:, None, :]].reshape(n, c - 1, c - 1)
-    kernel = (-costs / epsilon).exp()
-    u = torch.full_like(a, 1 / (c - 1))[:, :, None]
-    for _ in range(iterations):
-        v = b[:, :, None] / (kernel.transpose(1, 2) @ u + tiny)
-        u = a[:, :, None] / (kernel @ v + tiny)
-    transport = (u * kernel * v.transpose(1, 2) * costs).sum((1, 2))
-    at = lambda x: x.gather(1, labels[:, None])[:, 0]  # noqa: E731
-    return transport - target * at(y.softmax(1)) * at(z.log_softmax(1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", [0.0, 0.4])
-def test_classes(dtype, target):
-    inputs = leaves(3 * normal(6, 23), 3 * normal(6, 23, seed=1), dtype=dtype)
-    labels = torch.randint(0, 23, (6,))
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def exact(z, y):
-        return published_classes(z, y, classes(23, z.dtype), labels, target=target).mean()
-
-    wanted, plain = run(exact, leaves(*inputs)), run(exact, leaves(*inputs, dtype=wide))
-    found = run(
-        kd.class_transport, inputs, cost=classes(23, dtype).to(wide), labels=labels,
-        target_weight=target, denominator_eps=1e-8, teacher_grad=True,
-    )  # fmt: skip
-    rough = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype, 0.0)  # the cost was rounded
-    for x, y, z in zip(found, plain, wanted):
-        assert error(x, z) <= 2 * error(y, z) + 10 * FLOOR[dtype] + rough
-    assert found[0].dtype == wide
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"epsilon": 0.2},
-        {"iterations": 3},
-        {"temperature": 0.8},
-        {"order": "rows_columns"},
-        {"denominator_eps": 0.1},
-    ],
-)
-def test_class_options_matter_and_agree(options):
-    z, y, labels = 3 * normal(4, 9), 3 * normal(4, 9, seed=1), torch.tensor([0, 3, 8, 3])
-    published = {"denominator_eps": "tiny"}
-    usual = kd.class_transport(z, y, classes(9), labels, reduction="none")
-    found = kd.class_transport(z, y, classes(9), labels, reduction="none", **options)
-    assert (found - usual).abs().max() > 1e-6
-    if "order" not in options:
-        wanted = published_classes(
-            z, y, classes(9), labels, **({"tiny": 0.0} | {published.get(k, k): v for k, v in options.items()})
-        )
-        assert error(found, wanted) < 1e-12
-
-
-def test_class_reductions_and_samples_that_do_not_count():
-    z, y = leaves(normal(5, 7), normal(5, 7, seed=1))
-    labels = torch.tensor([1, -100, 6, 0, -100])
-    with torch.no_grad():
-        z[1], y[4] = math.nan, math.inf
-    each = kd.class_transport(
-        z, y, classes(7), labels, reduction="none", teacher_grad=True, target_weight=0.5
-    )
-    counted = labels >= 0
-    wanted = published_classes(z[counted], y[counted], classes(7), labels[counted], tiny=0.0, target=0.5)
-    assert error(each[counted], wanted) < 1e-12 and (each[~counted] == 0).all()
-    options = {"teacher_grad": True, "target_weight": 0.5}
-    mean = run(kd.class_transport, (z, y), cost=classes(7), labels=labels, **options)
-    assert (
-        error(mean[0], wanted.mean()) < 1e-12
-        and error(kd.class_transport(z, y, classes(7), labels, reduction="sum", **options), wanted.sum())
-        < 1e-12
-    )
-    for g in mean[1:]:
-        assert g.isfinite().all() and (g[~counted] == 0).all() and (g[counted] != 0).any()
-    nobody = torch.full((5,), -100)
-    assert kd.class_transport(z, y, classes(7), nobody) == 0
-
-
-def test_a_label_that_nobody_checked_makes_its_sample_nan(monkeypatch):
-    """As on a GPU, where looking at the numbers would wait for it."""
-    monkeypatch.setattr("kd_kernels.transport.checks_values", lambda device: False)
-    z, y, labels = normal(4, 6), normal(4, 6, seed=1), torch.tensor([1, 6, -7, -100])
-    found = kd.class_transport(z, y, classes(6), labels, reduction="none")
-    assert found.isnan().tolist() == [False, True, True, False]
-
-
-def test_all_classes_without_labels():
-    z, y, cost = *leaves(2 * normal(3, 6), 2 * normal(3, 6, seed=1)), classes(6)
-    found = run(kd.class_transport, (z, y), cost=cost, iterations=20, epsilon=0.3, teacher_grad=True)
-
-    def exact(z, y):
-        one = [
-            unrolled(cost, (a / 2).softmax(0), (b / 2).softmax(0), 0.3, 20, "columns_rows")
-            for a, b in zip(z, y)
-        ]
-        return torch.stack(one).mean()
-
-    for x, e in zip(found, run(exact, leaves(z, y))):
-        assert error(x, e) < 1e-10
-
-
-def test_banned_classes():
-    """A logit of -inf is a marginal of 0 too."""
-    z, y = leaves(normal(2, 6), normal(2, 6, seed=1))
-    with torch.no_grad():
-        z[:, 4] = y[:, 4] = -math.inf
-    kept = [0, 1, 2, 3, 5]
-    found = run(kd.class_transport, (z, y), cost=classes(6), teacher_grad=True, iterations=200)
-    cut = leaves(z[:, kept], y[:, kept])
-    wanted = run(kd.class_transport, cut, cost=classes(6)[kept][:, kept], teacher_grad=True, iterations=200)
-    assert error(found[0], wanted[0]) < 1e-9
-    for g, h in zip(found[1:], wanted[1:]):
-        assert error(g[:, kept], h) < 1e-7 and (g[:, 4] == 0).all()
-
-
-def test_class_gradcheck():
-    inputs = leaves(normal(3, 5), normal(3, 5, seed=1))
-    labels = torch.tensor([2, 0, -100])
-    assert torch.autograd.gradcheck(
-        lambda z, y: kd.class_transport(z, y, classes(5), labels, teacher_grad=True, target_weight=0.3),
-        inputs,
-    )
-
-
-def test_the_cost_is_never_copied_for_each_sample():
-    n, c = 12, 40
-    inputs = leaves(normal(n, c), normal(n, c, seed=1))
-    cost = classes(c)
-    with Largest() as seen:
-        run(kd.class_transport, inputs, cost=cost, labels=torch.arange(n), teacher_grad=True)
-    assert seen.numel == max(c * c, n * 10 * c)  # the scalings of ten iterations
-
-
 # --- all ----------------------------------------------------------------------------------------------
 
 
@@ -512,65 +367,6 @@ X, Y, C = normal(4, 3), normal(4, 3, seed=1), torch.rand(3, 3, dtype=torch.float
 def test_bad_input(function, arguments, options, error, message):
     with pytest.raises(error, match=message):
         function(*arguments, **options)
-
-
-@pytest.mark.parametrize(
-    "reach, domain", [(59.9, "scaling"), (86, "scaling"), (59.9, "log"), (1000, "log"), (1000, "auto")]
-)
-@pytest.mark.parametrize("size", [2, 20])
-def test_confident_samples_whatever_the_range_of_the_cost(reach, domain, size):
-    cost = torch.rand(size, size).fill_diagonal_(0.0)
-    cost = 0.05 * reach * cost / cost.max()
-    z, y = (200 * torch.randn(64, size) for _ in range(2))
-
-    def found(z, y, cost, domain):
-        return run(kd.class_transport, leaves(z, y), cost=cost, domain=domain, teacher_grad=True)
-
-    wanted = found(z.double(), y.double(), cost.double(), "log")
-    for x, e in zip(found(z, y, cost, domain), wanted):
-        assert x.isfinite().all() and error(x, e) < 2e-3  # marginals of 1e-40 have few digits
-    with pytest.raises(ValueError, match="too far apart"):
-        kd.class_transport(z, y, cost * 90 / reach)
-
-
-@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", [{}, {"denominator_eps": 0.3}, {"domain": "log"}], ids=str)
-def test_classes_on_every_backend(backend, order, dtype, options):
-    """A cost that is no metric, with a sample that does not count."""
-    inputs = leaves(3 * normal(5, 11), 3 * normal(5, 11, seed=1))
-    cost, labels = torch.rand(11, 11, dtype=torch.float64) + 0.1, torch.tensor([3, 0, -100, 10, 3])
-
-    def exact(z, y):
-        a, b = (
-            torch.where(labels[:, None] == torch.arange(11), -torch.inf, x / 2).softmax(1) for x in (z, y)
-        )
-        kernel, tiny = (cost / -0.2).exp(), options.get("denominator_eps", 0.0)
-        u = v = (torch.arange(11) != labels[:, None]).double() / 10
-        for _ in range(3):
-            for half in order.split("_"):
-                if half == "rows":
-                    u = a / (v @ kernel.t() + tiny)
-                else:
-                    v = b / (u @ kernel + tiny)
-        each = (u * (v @ (kernel * cost).t())).sum(1)
-        return each[labels >= 0].mean()
-
-    wanted = run(exact, inputs)
-    found = run(
-        kd.class_transport, leaves(*inputs, dtype=dtype), cost=cost.to(dtype), labels=labels, epsilon=0.2,
-        iterations=3, order=order, teacher_grad=True, backend=backend, **options,
-    )  # fmt: skip
-    for x, e in zip(found, wanted):
-        assert error(x, e) < 10 * FLOOR[dtype]
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_small_label_types_do_not_wrap(dtype):
-    label = torch.tensor([156, 3, 199])
-    cost, student, teacher = torch.rand(200, 200), torch.randn(3, 200), torch.randn(3, 200)
-    want = kd.class_transport(student, teacher, cost, label, reduction="none")
-    assert torch.equal(kd.class_transport(student, teacher, cost, label.to(dtype), reduction="none"), want)
 
 
 @pytest.mark.parametrize("cost", COSTS)

@@ -12,6 +12,7 @@ namespace {
 template <class T>
 class GibbsRunner {
   using V = Vec<T>;
+  static constexpr double kMost = sizeof(T) == 4 ? 3e38 : 1e308;  // infinity times no distance would be NaN
   // Of a strip of columns, whose rows are walked one after the other, as memory likes it.
   static constexpr int64_t kColumns = 16 * V::kLanes;
 
@@ -24,7 +25,8 @@ class GibbsRunner {
         shift_(static_cast<T*>(args.shift)),
         reach_(static_cast<T*>(args.reach)),
         kernel_(static_cast<T*>(args.kernel)),
-        weighted_(static_cast<T*>(args.weighted)) {}
+        weighted_(static_cast<T*>(args.weighted)),
+        inverse_(1.0 / args.epsilon < kMost ? 1.0 / args.epsilon : kMost) {}
 
   void run(int64_t strip) {
     if (args_.by_column) {
@@ -90,7 +92,7 @@ class GibbsRunner {
   }
 
   KD_INLINE void write(int64_t i, int64_t j, int64_t left, V shift) const {
-    const V cost = cost_at(i, j, left), value = exp((shift - cost) * V(1.0 / args_.epsilon)), none(0.0);
+    const V cost = cost_at(i, j, left), value = exp((shift - cost) * inverse_), none(0.0);
     const V weighted = select(value == none, none, value * cost);
     const int64_t at = i * args_.out_ld + j;
     if (left >= V::kLanes) {
@@ -105,6 +107,7 @@ class GibbsRunner {
   const Gibbs& args_;
   const T* cost_;
   T *shift_, *reach_, *kernel_, *weighted_;
+  const V inverse_;
 };
 
 template <class T>

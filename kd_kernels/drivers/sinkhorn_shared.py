@@ -9,6 +9,8 @@ half_step kernel makes. Nothing is ever ``[B, n, m]``. It takes the Sinkhorn ker
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Optional
@@ -24,27 +26,51 @@ _INF = float("inf")
 _MOST_KEPT = 256 << 20  # bytes that a thread keeps between calls
 
 
-@contextmanager
-def _ieee_products(device: torch.device) -> Iterator[None]:
+class _IeeeProducts:
     """Products of float32 as float32: without autocast, and without TF32 or bfloat16 in their place, in which
-    scalings would stop converging at 1e-3."""
-    library = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    with torch.autocast(device.type, enabled=False):
-        if hasattr(
-            library, "fp32_precision"
-        ):  # torch >= 2.9, whose older setting refuses to be mixed with it
-            before, library.fp32_precision = library.fp32_precision, "ieee"
-            try:
+    scalings would stop converging at 1e-3. The setting is the process's: the last thread to leave restores
+    what the first one found."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.before: object = None
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        library = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+        # Since torch 2.9, whose older setting refuses to be mixed with it.
+        newer = hasattr(library, "fp32_precision")
+        with self.lock:
+            if self.inside == 0:
+                self.before = library.fp32_precision if newer else torch.get_float32_matmul_precision()
+                if newer:
+                    library.fp32_precision = "ieee"
+                else:
+                    torch.set_float32_matmul_precision("highest")
+            self.inside += 1
+        try:
+            with torch.autocast(device.type, enabled=False):
                 yield
-            finally:
-                library.fp32_precision = before
-        else:
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if self.inside == 0 and newer:
+                    library.fp32_precision = self.before
+                elif self.inside == 0:
+                    torch.set_float32_matmul_precision(self.before)
+
+
+_ieee_products = {kind: _IeeeProducts() for kind in ("cpu", "cuda")}
+
+
+def _start_afresh() -> None:
+    """A forked process has none of the threads that may be inside."""
+    for kind in _ieee_products:
+        _ieee_products[kind] = _IeeeProducts()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh)
 
 
 def shared_cost(
@@ -54,21 +80,30 @@ def shared_cost(
     half_step: Callable[[P.HalfStepJob], None],
 ) -> None:
     """Run the phases of ``job``."""
-    cost, dtype = job.cost[0], job.a.dtype
+    cost = _readable(job)
     # As the cost lies in memory, for pages that come anew would cost more than the exponentials.
     turned = cost.stride(1) != 1
-    shape = (cost.t() if turned else cost).shape
+    shape, dtype = (cost.t() if turned else cost).shape, cost.dtype
     size = 2 * footprint(*shape, dtype.itemsize)
     kept = borrow(size, cost.device) if size <= _MOST_KEPT else _dropped(size, cost.device)
-    with _ieee_products(cost.device), kept as workspace:
+    with _ieee_products[cost.device.type].on(cost.device), kept as workspace:
         matrices = (workspace.take(*shape, dtype) for _ in range(2))
-        shared = _Shared(job, gibbs, half_step, *(x.t() if turned else x for x in matrices))
+        shared = _Shared(job, cost, gibbs, half_step, *(x.t() if turned else x for x in matrices))
         if phases & P.SOLVE:
             shared.solve()
         if phases & P.UNROLLED:
             shared.unrolled()
         if phases & P.IMPLICIT:
             shared.implicit()
+
+
+def _readable(job: P.SinkhornJob) -> Tensor:
+    """The cost in the state's dtype, unit stride along a dimension; infinite where no problem has mass."""
+    cost = job.cost[0].to(job.a.dtype)
+    rows, columns = ((mass > 0).any(0) for mass in (job.a, job.b))
+    if cost.device.type != "cpu" or not bool(rows.all() & columns.all()):
+        cost = cost.masked_fill(~(rows[:, None] & columns), _INF)
+    return cost if 1 in cost.stride() else cost.contiguous()
 
 
 @contextmanager
@@ -87,15 +122,14 @@ class _Shared:
     def __init__(
         self,
         job: P.SinkhornJob,
+        cost: Tensor,
         gibbs: Callable[[P.GibbsJob], None],
         half_step: Callable[[P.HalfStepJob], None],
         kernel: Tensor,
         weighted: Tensor,
     ) -> None:
         self.job, self.half_step, self.epsilon = job, half_step, float(job.epsilons[-1])
-        self.cost = job.cost[0].to(job.a.dtype)
-        if 1 not in self.cost.stride():
-            self.cost = self.cost.contiguous()
+        self.cost = cost
         self.kernel, self.weighted = kernel, weighted  # P * C sums over the second
         self.shift, self.reach = (job.a.new_empty(len(kernel)) for _ in range(2))  # of each row
         gibbs(P.GibbsJob(self.cost, self.epsilon, self.shift, self.reach, kernel, weighted))
@@ -156,7 +190,9 @@ class _Shared:
         for step, epsilon in enumerate(job.epsilons.tolist()):
             if step == 0 or epsilon != before:
                 kernel = self.kernel if epsilon == self.epsilon else self.kernel_at(epsilon)
-                v = torch.where(done[:, None], v, v ** (before / epsilon))
+                if epsilon != before:  # its size is of no account, and would leave the numbers' range
+                    size = v.amax(1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+                    v = torch.where(done[:, None], v, (v / size) ** (before / epsilon))
                 before = epsilon
             of_step = [None if x is None else x[:, step] for x in (job.phi_history, job.psi_history)]
             next_u = self.product(kernel, v, job.a, False, True, of_rows, of_step[0])
@@ -196,28 +232,29 @@ class _Shared:
 
     def unrolled(self) -> None:
         job = self.job
-        u, v = self.scalings(job.phi, job.psi)
+        # Not from their logarithms, which have fewer digits where costs are far from 0.
+        u, v = job.phi_history[:, -1], job.psi_history[:, -1]
         by_row, by_column = self.through(u, v)
         d_phi, d_psi = job.d_phi + by_row, job.d_psi + by_column
         a, b = _without_zeros(job.a), _without_zeros(job.b)
         left, right = [], []  # factors of the cost's gradient
         for step in reversed(range(job.iterations)):
-            u, v = job.phi_history[:, step], job.psi_history[:, step]
+            u_step, v_step = job.phi_history[:, step], job.psi_history[:, step]
             before = job.psi_history[:, step - 1] if step > 0 else self.start()
             job.d_b += d_psi
-            columns = v * (d_psi / b)
-            d_phi = d_phi - self.along_rows(columns, u)
+            columns = v_step * (d_psi / b)
+            d_phi = d_phi - self.along_rows(columns, u_step)
             job.d_a += d_phi
-            rows = u * (d_phi / a)
+            rows = u_step * (d_phi / a)
             if job.d_cost is not None:
-                left += [u, rows]
+                left += [u_step, rows]
                 right += [columns, before]
             if step > 0:  # what comes before the first is no variable
                 d_psi = self.along_columns(rows, -before)
                 d_phi = torch.zeros_like(d_phi)
         if job.d_cost is not None:
             spread = torch.cat(left).t() @ torch.cat(right) if left else torch.zeros_like(self.kernel)
-            self.write_cost(job.d_transport, spread)
+            self.write_cost(u, v, job.d_transport, spread)
 
     def through(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column sums of ``P * G``, where G arrives at P."""
@@ -235,11 +272,10 @@ class _Shared:
         plan = u[:, :, None] * self.kernel * v[:, None, :]
         return torch.where(plan == 0, 0.0, plan * self.job.d_plan)
 
-    def write_cost(self, weight: Tensor, spread: Tensor) -> None:
+    def write_cost(self, u: Tensor, v: Tensor, weight: Tensor, spread: Tensor) -> None:
         """``sum_b weight P - P * G / epsilon`` and ``K * spread / epsilon``."""
         job = self.job
         assert job.d_cost is not None
-        u, v = self.scalings(job.phi, job.psi)
         own = (weight[:, None] * u).t() @ v
         times_cost = (job.d_transport[:, None] * u).t() @ v
         d_cost = self.kernel * (own + spread / self.epsilon) - self.weighted * times_cost / self.epsilon
@@ -257,6 +293,6 @@ class _Shared:
         )
         if job.d_cost is not None:
             spread = torch.cat([u * x, u]).t() @ torch.cat([v, v * y])
-            self.write_cost(job.d_transport + job.d_value, spread)
+            self.write_cost(u, v, job.d_transport + job.d_value, spread)
         job.d_a.copy_(x)
         job.d_b.copy_(y)
