@@ -86,7 +86,8 @@ def shared_cost(
     shape, dtype = (cost.t() if turned else cost).shape, cost.dtype
     size = 2 * footprint(*shape, dtype.itemsize)
     kept = borrow(size, cost.device) if size <= _MOST_KEPT else _dropped(size, cost.device)
-    with _ieee_products[cost.device.type].on(cost.device), kept as workspace:
+    products = _ieee_products["cuda" if cost.device.type == "cuda" else "cpu"]
+    with products.on(cost.device), kept as workspace:
         matrices = (workspace.take(*shape, dtype) for _ in range(2))
         shared = _Shared(job, cost, gibbs, half_step, *(x.t() if turned else x for x in matrices))
         if phases & P.SOLVE:
