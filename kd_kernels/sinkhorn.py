@@ -210,16 +210,17 @@ def class_cost(
     order: str,
     denominator: float,
     backend: Optional[str],
-) -> Tensor:
-    """``<P, C>`` ``[B]`` of one cost ``[n, m]`` for all, differentiated through the iterations, as published
-    losses have it: with a number added to every denominator, and scalings that start at equal shares."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``<P, C>`` ``[B]``, product gap and marginal error of one cost ``[n, m]`` for all. The first is
+    differentiated through the iterations; as in published losses, a number is added to every denominator, and
+    scalings start at equal shares."""
     _check_options(cost, domain, order, "probability", "unrolled", backend)
     # What all costs have in common moves no plan, and takes digits from potentials.
     least = cost.amin() if cost.numel() and not denominator else cost.new_zeros(())
     least = torch.where(least.isfinite(), least, 0.0)
     if torch.compiler.is_compiling() or cost.device.type != "cpu" or bool(least != 0):
         cost = cost - least
-    transport: Tensor = _op(
+    _, _, transport, _, _, found, *_ = _op(
         *(saveable(x) for x in (cost, a, b)),
         number(epsilon).repeat(iterations),
         number(0.0),
@@ -229,8 +230,9 @@ def class_cost(
         torch.is_grad_enabled() and (a.requires_grad or b.requires_grad),  # or nothing is kept
         False,
         backend,
-    )[2]
-    return transport + least * a.detach().sum(1)
+    )
+    gap, error = (found[:, i].detach().to(a.dtype) for i in (P.GAP, P.ERROR))
+    return transport + least * a.detach().sum(1), gap, error
 
 
 def apart_from_nan(cost: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,8 +173,9 @@ def class_transport(
     ignore_index: int = -100,
     reduction: str = "mean",
     teacher_grad: bool = False,
+    return_parts: bool = False,
     backend: Optional[str] = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, TransportParts]:
     """Entropic transport between two distributions over classes whose distances are known (WKD-L).
 
     ``<P, C>`` per sample between the softmaxes at ``temperature``, the label's class removed from both
@@ -191,11 +192,13 @@ def class_transport(
         domain: as in :func:`kd_kernels.sinkhorn`. ``"scaling"``, the published one: a row of the cost (if
             columns come first, a column) may span 87 epsilon, 708 in float64. ``"log"`` takes any cost, at an
             exponential per entry and sample. ``"auto"`` looks at the cost, for which it waits for a GPU.
+            Wide costs need more iterations: look at ``marginal_error``.
         target_weight: adds ``target_weight * (-p_y log q_y)`` at temperature 1, the published binary term
             (which has weight 1 there, the transport 30 with a cosine decay). Needs labels.
-        denominator_eps: added to every denominator of the iterations; 1e-8 in the published code. Only in
-            scalings.
+        denominator_eps: added to every denominator of the iterations; 1e-8 in the published code. Only with
+            ``domain="scaling"``.
         reduction: "mean" over the samples that count, "sum", or "none" for ``[N]``.
+        return_parts: also :class:`TransportParts` per sample, of the transport alone.
         backend: name of a backend, or None for the first that serves the call.
 
     Returns:
@@ -235,16 +238,19 @@ def class_transport(
     a, b = (torch.where(sound[:, None], x, 0.0) for x in held)
     lost = sum(torch.where(sound[:, None], 0.0, x).sum(1) for x in (z, y))
     lost = lost * torch.where(sound, 0.0, torch.nan)  # in the gradients of both sides too
-    loss = lost + class_cost(
+    transport, gap, error = class_cost(
         cost.detach().to(dtype), a, b, epsilon=epsilon, iterations=iterations, domain=domain, order=order,
         denominator=denominator_eps, backend=backend,
     )  # fmt: skip
+    loss = transport + lost
+    parts = TransportParts(loss.detach(), gap, error)
     if target_weight:
         p, log_q = y.softmax(1).gather(1, label), z.log_softmax(1).gather(1, label)
         loss = loss - target_weight * (p * torch.where(p == 0, 0.0, log_q))[:, 0]
     if labels is not None:
         loss = torch.where((labels == label[:, 0]) | ~counts, loss, torch.nan)  # where nothing was checked
-    return _reduced(torch.where(counts, loss, 0.0), counts.sum(), reduction)
+    loss = _reduced(torch.where(counts, loss, 0.0), counts.sum(), reduction)
+    return (loss, parts) if return_parts else loss
 
 
 def _transport(

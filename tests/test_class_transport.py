@@ -303,3 +303,20 @@ def test_threads_leave_the_precision_of_products_as_it_was():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("iterations", [3, 300])
+def test_parts_say_how_far_the_plan_is(iterations):
+    """Of a cost so wide that few iterations leave the plan far from its marginals."""
+    z, y, labels = 3 * normal(4, 9), 3 * normal(4, 9, seed=1), torch.tensor([0, 3, 8, 3])
+    cost = 3 * classes(9)
+    options = {"iterations": iterations, "domain": "log"}
+    loss, parts = kd.class_transport(z, y, cost, labels, target_weight=0.5, return_parts=True, **options)
+    removed = labels[:, None] == torch.arange(9)
+    a, b = (torch.where(removed, -torch.inf, x / 2).softmax(1) for x in (z, y))
+    wanted = kd.sinkhorn(cost, a, b, epsilon=0.05, order="columns_rows", **options)
+    assert loss.dim() == 0 and not torch.equal(loss, parts.loss.mean())
+    assert error(parts.loss, wanted.transport_cost) < 1e-6
+    assert error(parts.product_gap, wanted.product_gap) < 1e-6
+    assert error(parts.marginal_error, wanted.marginal_error) < 1e-6
+    assert (parts.marginal_error.max() > 0.01) == (iterations == 3)
