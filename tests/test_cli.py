@@ -1,5 +1,6 @@
 """``python -m kd_kernels``: each command as a user runs it, its predictions, its errors and exit codes."""
 
+import functools
 import json
 import os
 import signal
@@ -303,7 +304,9 @@ def test_broken_pipe_is_quiet(tmp_path):
 
 def test_interrupt_is_quiet_and_progress_shows(tmp_path):
     shape = ["--tokens", "256", "--vocab", "8000", "--student", "64", "--teacher", "64"]
-    process = command("bench", *shape, "--rounds", "100000", cwd=tmp_path)
+    # A shell that starts the tests in the background has them ignore interrupts, which is inherited.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command("bench", *shape, "--rounds", "100000", cwd=tmp_path, preexec_fn=heed)
     first = process.stderr.readline()  # from two seconds on
     assert first.startswith("bench: ") and "of 300005, " in first, first
     process.send_signal(signal.SIGINT)
