@@ -90,7 +90,7 @@ class AngleRunner {
       if (kStudent) add_vertex(student_, student, first, rows, i);
       if (kTeacher) add_vertex(teacher_, teacher, first, rows, i);
     }
-    for (int j = 0; j < rows; ++j) args_.sums[first + j] = add_lanes(total[j]);
+    for (int j = 0; j < rows; ++j) args_.sums[first + j] = sum_lanes(total[j]);
     if (kTeacher) negate(teacher_, first, rows);
   }
 
@@ -109,7 +109,7 @@ class AngleRunner {
   void add_vertex(const Points& points, const Sums* sums, int64_t first, int rows, int64_t i) const {
     for (int j = 0; j < rows; ++j) {
       const double r = points.inverse[i * args_.ld + first + j];
-      points.grad[(first + j) * args_.ld + i] += r * (add_lanes(sums[j].inverse) - r * add_lanes(sums[j].along));
+      points.grad[(first + j) * args_.ld + i] += r * (sum_lanes(sums[j].inverse) - r * sum_lanes(sums[j].along));
     }
   }
 

@@ -58,8 +58,8 @@ class DistanceRunner {
       sum = sum + d;
       positive = positive + select(d == V(0.0), V(0.0), V(1.0));
     }
-    out[row] = add_lanes(sum);
-    out[args_.n + row] = add_lanes(positive);
+    out[row] = sum_lanes(sum);
+    out[args_.n + row] = sum_lanes(positive);
   }
 
   void terms(int64_t row) const {
@@ -72,9 +72,9 @@ class DistanceRunner {
       student = fma(slope, x, student);
       teacher = fma(slope, y, teacher);
     }
-    args_.terms[row] = add_lanes(total);
-    args_.terms[args_.n + row] = add_lanes(student);
-    args_.terms[2 * args_.n + row] = add_lanes(teacher);
+    args_.terms[row] = sum_lanes(total);
+    args_.terms[args_.n + row] = sum_lanes(student);
+    args_.terms[2 * args_.n + row] = sum_lanes(teacher);
   }
 
   template <bool kStudent, bool kTeacher>

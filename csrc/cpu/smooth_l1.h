@@ -1,6 +1,6 @@
-// Smooth L1 terms and their sums, for the kernels that compare points.
+// Smooth L1 terms, for the kernels that compare points.
 #pragma once
-#include "vec.h"
+#include "lanes.h"
 
 namespace kd {
 namespace KD_ISA {
@@ -24,13 +24,6 @@ class SmoothL1 {
  private:
   const V half_beta_, inverse_beta_;
 };
-
-KD_INLINE double add_lanes(Vec<double> x) {
-  double lanes[Vec<double>::kLanes], total = 0.0;
-  x.store(lanes);
-  for (int i = 0; i < Vec<double>::kLanes; ++i) total += lanes[i];
-  return total;
-}
 
 }  // namespace KD_ISA
 }  // namespace kd

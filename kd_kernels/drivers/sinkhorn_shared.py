@@ -9,8 +9,6 @@ half_step kernel makes. Nothing is ever ``[B, n, m]``. It takes the Sinkhorn ker
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Optional
@@ -19,58 +17,12 @@ import torch
 from torch import Tensor
 
 from kd_kernels import problems as P
+from kd_kernels.drivers.ieee_products import ieee_products
 from kd_kernels.drivers.workspace import Workspace, borrow, footprint
 from kd_kernels.reference.sinkhorn import product_gap, sensitivities
 
 _INF = float("inf")
 _MOST_KEPT = 256 << 20  # bytes that a thread keeps between calls
-
-
-class _IeeeProducts:
-    """Products of float32 as float32: without autocast, and without TF32 or bfloat16 in their place, in which
-    scalings would stop converging at 1e-3. The setting is the process's: the last thread to leave restores
-    what the first one found."""
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-        self.before: object = None
-
-    @contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
-        library = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-        # Since torch 2.9, whose older setting refuses to be mixed with it.
-        newer = hasattr(library, "fp32_precision")
-        with self.lock:
-            if self.inside == 0:
-                self.before = library.fp32_precision if newer else torch.get_float32_matmul_precision()
-                if newer:
-                    library.fp32_precision = "ieee"
-                else:
-                    torch.set_float32_matmul_precision("highest")
-            self.inside += 1
-        try:
-            with torch.autocast(device.type, enabled=False):
-                yield
-        finally:
-            with self.lock:
-                self.inside -= 1
-                if self.inside == 0 and newer:
-                    library.fp32_precision = self.before
-                elif self.inside == 0:
-                    torch.set_float32_matmul_precision(self.before)
-
-
-_ieee_products = {kind: _IeeeProducts() for kind in ("cpu", "cuda")}
-
-
-def _start_afresh() -> None:
-    """A forked process has none of the threads that may be inside."""
-    for kind in _ieee_products:
-        _ieee_products[kind] = _IeeeProducts()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_afresh)
 
 
 def shared_cost(
@@ -86,8 +38,7 @@ def shared_cost(
     shape, dtype = (cost.t() if turned else cost).shape, cost.dtype
     size = 2 * footprint(*shape, dtype.itemsize)
     kept = borrow(size, cost.device) if size <= _MOST_KEPT else _dropped(size, cost.device)
-    products = _ieee_products["cuda" if cost.device.type == "cuda" else "cpu"]
-    with products.on(cost.device), kept as workspace:
+    with ieee_products(cost.device), kept as workspace:
         matrices = (workspace.take(*shape, dtype) for _ in range(2))
         shared = _Shared(job, cost, gibbs, half_step, *(x.t() if turned else x for x in matrices))
         if phases & P.SOLVE:
