@@ -1,6 +1,7 @@
-// Plain float and double as the number type of objectives.h. The elementary functions are those of cpu/vec.h,
-// where the constants are explained. Nothing here differs between host and device, and nothing is contracted,
-// so that a kernel's arithmetic can be run, bit for bit, where there is no GPU.
+// Plain float and double as the number type of objectives.h. In float the hardware's exponential serves where
+// nothing cancels, and a polynomial where something does, as in triton_kernels/elementary.py; the double one is that
+// of cpu/vec.h, where the constants are explained. Nothing is contracted, and but for the exponential in float and
+// a logarithm in double host and device do the same, so that a kernel's arithmetic can be run where there is no GPU.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -33,8 +34,9 @@ struct NumberTraits;
 template <>
 struct NumberTraits<float> {
   using Int = int32_t;
-  static constexpr int kMantissaBits = 23, kExponentBias = 127, kPhiTerms = 5, kAtanhTerms = 4;
+  static constexpr int kMantissaBits = 23, kPhiTerms = 5, kAtanhTerms = 4;
   static constexpr float kLowestExponent = -87.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kExponentUnit = 1.4426950408889634f;  // exp(x) = exp_of_units(x * kExponentUnit)
   KD_BOTH static float phi(int i) {
     constexpr float terms[] = {0.5f, 0.16666577756404877f, 0.04166685417294502f, 0.008363153785467148f,
                                0.001390129211358726f};
@@ -46,6 +48,7 @@ template <>
 struct NumberTraits<double> {
   using Int = int64_t;
   static constexpr int kMantissaBits = 52, kExponentBias = 1023, kPhiTerms = 13, kAtanhTerms = 11;
+  static constexpr double kExponentUnit = 1.0;
   static constexpr double kLowestExponent = -708.0, kLn2High = 6.93147180369123816490e-01,
                           kLn2Low = 1.90821492927058770002e-10;
   KD_BOTH static double phi(int i) {
@@ -103,36 +106,44 @@ KD_BOTH F phi_series(F x) {
 }
 
 // x = n log(2) + r; e^x = power (1 + r + square quotient). Below the lowest exponent power is 0.
-template <class F>
 struct ReducedExp {
-  F bounded, r, tail, power;
+  double bounded, r, tail, power;
 
-  KD_BOTH explicit ReducedExp(F x) {
-    using Traits = NumberTraits<F>;
-    using Int = typename Traits::Int;
-    const F lowest_exponent = Traits::kLowestExponent;
-    const bool vanishes = x < lowest_exponent;
-    bounded = vanishes ? lowest_exponent : x;  // NaN stays
-    const F n = nearest(bounded * static_cast<F>(1.4426950408889634));
-    r = fma(n, -F(Traits::kLn2Low), fma(n, -F(Traits::kLn2High), bounded));
+  KD_BOTH explicit ReducedExp(double x) {
+    using Traits = NumberTraits<double>;
+    const bool vanishes = x < Traits::kLowestExponent;
+    bounded = vanishes ? Traits::kLowestExponent : x;  // NaN stays
+    const double n = nearest(bounded * 1.4426950408889634);
+    r = fma(n, -Traits::kLn2Low, fma(n, -Traits::kLn2High, bounded));
     tail = r * r * phi_quotient(r);
     // The exponent of a NaN does not matter, r is NaN too; but its conversion must be defined.
-    const Int exponent = n == n ? static_cast<Int>(n) : Int{0};
-    power = vanishes ? F(0) : bits_of<F>(static_cast<Int>((exponent + Traits::kExponentBias) << Traits::kMantissaBits));
+    const int64_t exponent = n == n ? static_cast<int64_t>(n) : int64_t{0};
+    power = vanishes ? 0.0 : bits_of<double>((exponent + Traits::kExponentBias) << Traits::kMantissaBits);
   }
 };
 
-// For x <= 0 or a little above, -inf and NaN. exp(0) is exactly 1.
-template <class F>
-KD_BOTH F exp_of(F x) {
-  const ReducedExp<F> e(x);
-  return ((e.tail + e.r) + F(1)) * e.power;
+// 2^x in float, 0 for what is not a normal number; e^x in double. Units of the exponent come with a factor that a
+// row's logits have anyway. For x <= 0 or a little above, -inf and NaN; of 0 exactly 1.
+KD_BOTH float exp_of_units(float x) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  return ::exp2f(x);
+#endif
 }
-KD_BOTH float exp(float x) { return exp_of(x); }
-KD_BOTH double exp(double x) { return exp_of(x); }
-
+KD_BOTH double exp_of_units(double x) {
+  const ReducedExp e(x);
+  return ((e.tail + e.r) + 1.0) * e.power;
+}
 template <class F>
-KD_BOTH ExpParts<F> exp_parts(F x);
+KD_BOTH F exp(F x) {
+  return exp_of_units(x * NumberTraits<F>::kExponentUnit);
+}
+
+KD_BOTH ExpParts<float> exp_parts(float x);
+KD_BOTH ExpParts<double> exp_parts(double x);
 template <class F>
 KD_BOTH Log1pParts<F> log1p_parts(F y, F w);
 
@@ -142,10 +153,23 @@ KD_BOTH Log1pParts<F> log1p_parts(F y, F w);
 
 namespace kd {
 
-template <class F>
-KD_BOTH ExpParts<F> exp_parts(F x) {
-  const ReducedExp<F> e(x);
-  const F rest = e.tail + e.r, minus_one = e.power - F(1);
+// Above -1 a minimax polynomial of (e^x - 1 - x) / x^2, relative error 2e-8; below it nothing cancels.
+KD_BOTH ExpParts<float> exp_parts(float x) {
+  constexpr float terms[] = {0.5f, 0.1666661947965622f, 0.04166005551815033f, 0.008302842266857624f,
+                             0.0013263644650578499f};
+  float sum = 0.00013794969709124416f;
+  KD_UNROLL
+  for (int i = 4; i >= 0; --i) sum = fma(sum, x, terms[i]);
+  const float tail = x * x * sum, power = exp(x), minus_one = power - 1.0f;
+  const float lowest_exponent = NumberTraits<float>::kLowestExponent;
+  const bool near = x > -1.0f;
+  return {power, near ? x + tail : minus_one, near ? tail : minus_one - x,
+          x < lowest_exponent ? lowest_exponent : x};  // NaN stays
+}
+
+KD_BOTH ExpParts<double> exp_parts(double x) {
+  const ReducedExp e(x);
+  const double rest = e.tail + e.r, minus_one = e.power - 1.0;
   return {fma(e.power, rest, e.power), fma(e.power, rest, minus_one),
           // r == x where n == 0, so that only the last summand of e^r is left there.
           fma(e.power, e.tail, fma(e.power, e.r, minus_one - x)), e.bounded};

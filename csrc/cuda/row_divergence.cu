@@ -1,5 +1,7 @@
 // The row kernels of one storage (KD_STORAGE, of storage.h) and direction (KD_TEACHER: the teacher's parts too),
 // for every objective. CMakeLists.txt compiles this file once for each.
+#include <type_traits>
+
 #include "device_thread.cuh"
 #include "kernels.h"
 
@@ -10,13 +12,17 @@ namespace {
 constexpr bool kWithTeacher = KD_TEACHER != 0;
 // Rows in float64 are read again by every walk: their arithmetic takes longer than that.
 constexpr bool kMayHold = sizeof(KD_STORAGE::Number) == sizeof(float);
-// Blocks of a multiprocessor that must find room. With 1, ptxas spills a few numbers of small groups for the sake
-// of more; with 2, it must spill some of larger ones.
-constexpr int kLeastBlocks = KD_STORAGE::kGroup == 4 ? 2 : 1;
+// Blocks of a multiprocessor that must find room: one reads while the other computes. Where only one must, ptxas
+// takes more registers than two have; where two must, the skew divergences of eight entries at a time and what looks
+// up its types would spill.
+template <class S, class Functor>
+constexpr int kLeastBlocks =
+    S::kFixed && (S::kGroup == 4 || !(std::is_same_v<Functor, SkewKL> || std::is_same_v<Functor, SkewReverseKL>)) ? 2
+                                                                                                                  : 1;
 
 // Storage and direction are parameters for the sake of the kernel's name (tests/cuda_resources.py reads it).
 template <class S, class Functor, bool kTeacher, bool kHeld>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks) row_kernel(const __grid_constant__ Work work) {
+__global__ void __launch_bounds__(kThreads, (kLeastBlocks<S, Functor>)) row_kernel(const __grid_constant__ Work work) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   row_divergence<S, Functor, kTeacher>(DeviceThread(), work, kHeld);
 #else  // geometry.h holds rows on sm_90 and later only

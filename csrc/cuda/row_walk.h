@@ -115,7 +115,11 @@ struct RowSide {
   // -inf past the end of the row.
   KD_BOTH void logits(const Raw<S>& raw, int inside, F (&z)[S::kGroup]) const {
     KD_UNROLL
-    for (int i = 0; i < S::kGroup; ++i) z[i] = raw.template number<F>(i, dtype()) * scale;
+    for (int i = 0; i < S::kGroup; ++i) z[i] = raw.template number<F>(i, dtype());
+    if (scale != F(1)) {
+      KD_UNROLL
+      for (int i = 0; i < S::kGroup; ++i) z[i] = z[i] * scale;
+    }
     if (capped) {
       KD_ROLL  // one copy of the code for all: the numbers pass before it one after the other
           for (int turn = 0; turn < S::kGroup; ++turn) {
@@ -125,8 +129,14 @@ struct RowSide {
         z[S::kGroup - 1] = shaped;
       }
     }
-    KD_UNROLL
-    for (int i = 0; i < S::kGroup; ++i) z[i] = i < inside ? z[i] : -infinity<F>();
+    if (inside < S::kGroup) {
+      KD_UNROLL
+      for (int i = 0; i < S::kGroup; ++i) z[i] = i < inside ? z[i] : -infinity<F>();
+    }
+  }
+  KD_BOTH F surprise(F z) const {  // -p log p, with p this logit's probability
+    const F log_p = (z - top) * inverse_temperature - logz, p = exp(log_p);
+    return p == F(0) ? F(0) : -p * log_p;
   }
   KD_BOTH F part(F value, F probability) const {  // a weight of 0 silences the row, whatever it holds
     return coefficient == F(0) ? F(0) : coefficient * fma(-probability, mean, value);
@@ -317,6 +327,7 @@ class Row {
   // Sums exp((z - top) / temperature) over the slice's groups, and at temperature 1 where `tempered`. A group is
   // brought to its largest logit before it is added: -inf adds 0, NaN and inf leave a NaN.
   KD_BOTH void accumulate(const RowSide<S>& side, F& top, F& soft, F& hard, bool tempered) const {
+    constexpr F unit = NumberTraits<F>::kExponentUnit;
     Raw<S> next;
     if (groups_.tiles > 0) side.load(next, groups_.at(0, false), groups_.inside(groups_.at(0, false)));
     KD_ROLL
@@ -331,17 +342,16 @@ class Row {
       side.logits(raw, inside, z);
       KD_UNROLL
       for (int i = 0; i < S::kGroup; ++i) largest = z[i] > largest ? z[i] : largest;
-      soft =
-          fma(soft, exp((top - largest) * side.inverse_temperature), group_sum(z, largest, side.inverse_temperature));
-      if (tempered) hard = fma(hard, exp(top - largest), group_sum(z, largest, F(1)));
+      soft = joined(soft, top, z, largest, side.inverse_temperature * unit);
+      if (tempered) hard = joined(hard, top, z, largest, unit);
       top = largest;
     }
   }
-  KD_BOTH static F group_sum(const F (&z)[S::kGroup], F largest, F inverse_temperature) {
-    F sum = F(0);
+  KD_BOTH static F joined(F sum, F top, const F (&z)[S::kGroup], F largest, F exponent) {
+    F added = F(0);
     KD_UNROLL
-    for (int i = 0; i < S::kGroup; ++i) sum = sum + exp((z[i] - largest) * inverse_temperature);
-    return sum;
+    for (int i = 0; i < S::kGroup; ++i) added = added + exp_of_units((z[i] - largest) * exponent);
+    return fma(sum, exp_of_units((top - largest) * exponent), added);
   }
 
   KD_BOTH void reduce(Online<F>& online) {
@@ -428,11 +438,22 @@ class Row {
       const bool absent = log_p == -infinity<F>() && log_q == -infinity<F>();
       const Pair<F> pair(log_p, log_q, absent ? F(0) : (u_student - u_teacher) - log_ratio_);
       const Parts<F> parts = Functor::evaluate(pair, parameters_);
-      if (kAdd) add(added, pair, parts, log_p, log_q);
+      if (kAdd) add(added, pair, parts);
       if (kStore) {
         gradient[i] = student_.part(parts.student, pair.q());
-        if (job_.labels) gradient[i] = gradient[i] + poison_ + hard_gradient(z_student[i], at + i);
         if (kTeacher) teacher_gradient[i] = teacher_.part(parts.teacher, pair.p());
+      }
+    }
+    // What most calls do without, apart: a branch for a group, not one for each entry.
+    if (kStore && job_.labels) {
+      KD_UNROLL
+      for (int i = 0; i < S::kGroup; ++i) gradient[i] = gradient[i] + poison_ + hard_gradient(z_student[i], at + i);
+    }
+    if (kAdd && job_.entropies) {
+      KD_UNROLL
+      for (int i = 0; i < S::kGroup; ++i) {
+        added[kStudentH] = added[kStudentH] + student_.surprise(z_student[i]);
+        added[kTeacherH] = added[kTeacherH] + teacher_.surprise(z_teacher[i]);
       }
     }
     if constexpr (kAdd) {
@@ -445,7 +466,7 @@ class Row {
     }
   }
 
-  KD_BOTH void add(F* sums, const Pair<F>& pair, const Parts<F>& parts, F log_p, F log_q) const {
+  KD_BOTH void add(F* sums, const Pair<F>& pair, const Parts<F>& parts) const {
     sums[kTermSum] = sums[kTermSum] + parts.term;
     if (!Functor::kStudentSumsToZero) {
       sums[kStudentSum] = sums[kStudentSum] + parts.student;
@@ -454,10 +475,6 @@ class Row {
     if (kTeacher && !Functor::kTeacherSumsToZero) {
       sums[kTeacherSum] = sums[kTeacherSum] + parts.teacher;
       sums[kTeacherMass] = sums[kTeacherMass] + pair.p();
-    }
-    if (job_.entropies) {
-      sums[kStudentH] = sums[kStudentH] - Pair<F>::times(pair.q(), log_q);
-      sums[kTeacherH] = sums[kTeacherH] - Pair<F>::times(pair.p(), log_p);
     }
   }
 
