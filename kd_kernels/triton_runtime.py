@@ -79,6 +79,15 @@ def options(num_warps: int, hip: bool = torch.version.hip is not None, registers
     return chosen
 
 
+@functools.cache
+def version() -> tuple[int, int]:
+    """Triton's, major and minor."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
+
+
 def interpreted() -> bool:
     """Whether Triton is told to run on CPU tensors, which proves and is very slow."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -233,8 +242,9 @@ def gather(job: GatherJob, phases: int) -> None:
             SLOPE=job.slope is not None,
             CAPPED=job.side.softcap != 0,
             ALIGNMENT=ALIGNMENT if aligned(job.side) else 1,
+            SCALED=job.side.scale != 1,
             KP=power_of_two(job.ids.shape[1]),
-            BLOCK=block,
+            **row_tile(block, wide),
             F=module.tl.float64 if wide else module.tl.float32,
             **options(num_warps),
         )

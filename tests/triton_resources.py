@@ -90,10 +90,11 @@ def gather_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[AST
         "MEANS": everything,
         "SLOPE": everything,
         "CAPPED": everything,
+        "SCALED": everything,
         "ALIGNMENT": 8,
         "KP": k,
-        "BLOCK": block,
         "F": kernels.tl.float64 if wide else kernels.tl.float32,
+        **triton_runtime.row_tile(block, wide),
     }
     return _ast(gather.gather, constants, dtype), num_warps
 

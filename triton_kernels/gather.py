@@ -1,6 +1,7 @@
 """The gather kernel: a few entries of each row by id, and sums over all the others.
 
-``csrc/gather.h`` states the contract. One program takes one row. Where the ids are is not looked up in the
+``csrc/gather.h`` states the contract. One program takes one row and walks it as the row kernel does: in
+blocks of ``[LANES, WIDTH]``, the one in which the row ends masked. Where the ids are is not looked up in the
 walk: their logits are marked beforehand, by overwriting them with the number that stands for probability 0.
 The gradient needs no marks: the walk writes something at the ids too, and what belongs there is stored last.
 """
@@ -10,8 +11,8 @@ import triton.language as tl
 
 from .objectives import times
 from .rows import (
-    add_exp,
-    add_exp_and_mean,
+    add_exp_and_mean_block,
+    add_exp_block,
     lowest,
     number,
     row_mean_sum,
@@ -62,14 +63,17 @@ def gather(
     MEANS: tl.constexpr,
     SLOPE: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,  # whether the scale is another than 1
     ALIGNMENT: tl.constexpr,  # divides every offset
     KP: tl.constexpr,  # a power of two that k does not exceed
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
     F: tl.constexpr,  # arithmetic: float32 or float64
 ):
     row = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(vocab, BLOCK)
-    lanes = tl.arange(0, BLOCK)
+    BLOCK: tl.constexpr = WIDTH * LANES
+    blocks, whole = tl.cdiv(vocab, BLOCK), vocab // BLOCK
+    entries = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     start = row_start(logits, offsets, row, ALIGNMENT)
     scale = number(scale, scale_low, F)
     cap = number(softcap, softcap_low, F)
@@ -92,24 +96,29 @@ def gather(
         tl.debug_barrier()
 
         floor = lowest(F)
-        top = tl.full([BLOCK], floor, F)
-        mass = tl.zeros([BLOCK], F)
+        top = tl.full([LANES], floor, F)
+        mass = tl.zeros([LANES], F)
         weighted, mass_hard = mass, mass
-        marks = tl.zeros([BLOCK], tl.int32)
-        for i in range(blocks):
-            columns = i * BLOCK + lanes
-            x = tl.load(start + columns, mask=columns < vocab, other=mark).to(F)
-            absent = x == mark
-            z = tl.where(absent, -float("inf"), shaped(x, scale, cap, CAPPED))
-            if MEANS:
-                mass, weighted = add_exp_and_mean(mass, weighted, top, z, inverse)
-            else:
-                mass = add_exp(mass, top, z, inverse)
-            if HARD:
-                mass_hard = add_exp(mass_hard, top, z, 1.0)
-            if CAPPED:
-                marks += absent.to(tl.int32)
-            top = tl.where(z > top, z, top)
+        marks = tl.zeros([LANES], tl.int32)
+        for part in tl.static_range(2):  # whole blocks, then the masked rest
+            for i in range(whole if part == 1 else 0, blocks if part == 1 else whole):
+                columns = i * BLOCK + entries
+                if part == 1:
+                    x = tl.load(start + columns, mask=columns < vocab, other=mark).to(F)
+                else:
+                    x = tl.load(start + columns).to(F)
+                z = shaped(x, scale, cap, CAPPED, SCALED)
+                if CAPPED or SCALED:  # else a mark is -inf as it stands
+                    absent = x == mark
+                    z = tl.where(absent, -float("inf"), z)
+                if CAPPED:
+                    marks += tl.sum(absent.to(tl.int32), 1)
+                if HARD:
+                    mass_hard, _ = add_exp_block(mass_hard, top, z, 1.0)
+                if MEANS:
+                    mass, weighted, top = add_exp_and_mean_block(mass, weighted, top, z, inverse)
+                else:
+                    mass, top = add_exp_block(mass, top, z, inverse)
         others_top = tl.max(top, 0)
         if CAPPED:
             # A softcap makes -softcap of a logit of -inf. Those look like marks: counted, they join now.
@@ -148,20 +157,27 @@ def gather(
         c_slope = tl.load(slope + row).to(F) if SLOPE else c_soft
         c_hard = tl.load(hard_weight + row).to(F) if HARD else c_soft
         logz, logz_hard = others_logz.to(F), others_logz_hard.to(F)
-        for i in range(blocks):
-            columns = (blocks - 1 - i) * BLOCK + lanes
-            inside = columns < vocab
-            z = shaped(tl.load(start + columns, mask=inside, other=0.0).to(F), scale, cap, CAPPED)
-            below = z - others_top
-            log_share = below * inverse - logz
-            share = tl.exp(log_share)
-            gradient = share_gradient(c_soft, share)
-            if SLOPE:
-                gradient += share_gradient(c_slope, times(share, log_share))
-            if HARD:
-                gradient += share_gradient(c_hard, tl.exp(below - logz_hard))
-            gradient = tl.where(z == -float("inf"), 0.0, gradient) * scale
-            store_gradient(out, columns, inside, gradient, z, cap, CAPPED)
+        for part in tl.static_range(2):  # the masked rest, then whole blocks
+            for i in range(blocks - whole if part == 0 else whole):
+                columns = ((blocks if part == 0 else whole) - 1 - i) * BLOCK + entries
+                inside = columns < vocab
+                if part == 0:
+                    x = tl.load(start + columns, mask=inside, other=0.0).to(F)
+                else:
+                    x = tl.load(start + columns).to(F)
+                z = shaped(x, scale, cap, CAPPED, SCALED)
+                below = z - others_top
+                log_share = below * inverse - logz
+                share = tl.exp(log_share)
+                gradient = share_gradient(c_soft, share)
+                if SLOPE:
+                    gradient += share_gradient(c_slope, times(share, log_share))
+                if HARD:
+                    gradient += share_gradient(c_hard, tl.exp(below - logz_hard))
+                gradient = tl.where(z == -float("inf"), 0.0, gradient)
+                if SCALED:
+                    gradient *= scale
+                store_gradient(out, columns, inside, gradient, z, cap, CAPPED, part == 0)
         if not STATISTICS:
             z_at = tl.load(gathered + places, mask=used, other=0.0).to(F)
         tl.debug_barrier()  # what the walk has stored at the ids comes first

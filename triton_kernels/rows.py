@@ -69,20 +69,22 @@ def add_exp_block(total, top, z, inverse_temperature):
 
 
 @triton.jit
-def add_exp(total, top, z, inverse_temperature):
-    """Lane sums of ``exp((z - top) / temperature)`` with one more block, by one exponential: it rescales
-    either the sum or the newcomer. ``top`` is finite from the start, so that ``-inf`` adds 0."""
-    step = z - top
-    decay = tl.exp(-tl.abs(step) * inverse_temperature)
-    return tl.where(step > 0.0, tl.fma(total, decay, 1.0), total + decay)  # NaN stays in the sum
+def add_exp_and_mean_block(total, weighted, top, z, inverse_temperature):
+    """:func:`add_exp_block`, and beside it lane sums of ``x exp(x)``, ``x = (z - top) / temperature``:
+    ``(total, weighted, top)``. All x are <= 0, also what a new maximum moves the old ones by: nothing
+    cancels."""
+    new = tl.maximum(top, tl.max(z, 1))
+    x, moved = (z - new[:, None]) * inverse_temperature, (top - new) * inverse_temperature
+    exp, decay = tl.exp(x), tl.exp(moved)
+    joined = tl.sum(tl.where(exp == 0.0, 0.0, exp * x), 1)
+    kept = tl.where(decay == 0.0, 0.0, decay * tl.fma(total, moved, weighted))
+    return tl.fma(total, decay, tl.sum(exp, 1)), kept + joined, new
 
 
 @triton.jit
 def add_exp_and_mean(total, weighted, top, z, inverse_temperature):
-    """:func:`add_exp`, and beside it lane sums of ``x exp(x)``, ``x = (z - top) / temperature``.
-
-    All of these are <= 0, also what a new maximum moves the old ones by: nothing cancels.
-    """
+    """:func:`add_exp_and_mean_block` of one entry a lane, by one exponential: it rescales either the sums or
+    the newcomer. ``top`` stays to be raised."""
     step = (z - top) * inverse_temperature
     distance = -tl.abs(step)
     decay = tl.exp(distance)
