@@ -192,7 +192,9 @@ def forget_compiled() -> None:
     _compiled_loss.cache_clear()
     torch._dynamo.reset()
     # A step that silently went back to eager would be timed under the wrong name.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    config = torch._dynamo.config
+    newer = "fail_on_recompile_limit_hit"
+    setattr(config, newer if hasattr(config, newer) else "fail_on_cache_limit_hit", True)  # before torch 2.7
 
 
 class Floor:

@@ -303,7 +303,7 @@ def _batch(cost: Tensor, a: Optional[Tensor], b: Optional[Tensor], lengths) -> i
     counts |= {x.shape[0] for x in _pair(lengths)} if lengths is not None else set()
     if len(counts) > 1:
         raise ValueError(f"cost, a, b and lengths must agree on the number of problems, got {sorted(counts)}")
-    return counts.pop() if counts else 1
+    return max(counts, default=1)
 
 
 def _marginals(

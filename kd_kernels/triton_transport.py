@@ -23,6 +23,7 @@ from kd_kernels.triton_runtime import (
     power_of_two,
     side_arguments,
     split,
+    version,
 )
 
 _SINKHORN_MOST_COLUMNS = 4096  # a tile holds whole rows
@@ -145,15 +146,16 @@ HALF_STEP_REGISTERS = 255  # there are fewer programs than multiprocessors
 # With more problems a half-step is a product like any other, the library's business; from how many on has not
 # been measured.
 _HALF_STEP_MOST_PROBLEMS = 64
+_DOUBLE_PRODUCTS = 3, 5  # the first Triton that has them
 
 
 def half_step(job: P.HalfStepJob) -> None:
     """:func:`kd_kernels.reference.half_step` in Triton, for a few problems."""
-    count, outer = job.weight.shape
-    if count > _HALF_STEP_MOST_PROBLEMS:
+    (count, outer), wide = job.weight.shape, job.out.dtype == torch.float64
+    if count > _HALF_STEP_MOST_PROBLEMS or (wide and version() < _DOUBLE_PRODUCTS):
         reference_half_step(job)
         return
-    module, strides, wide = kernels().half_step, job.kernel.stride(), job.out.dtype == torch.float64
+    module, strides = kernels().half_step, job.kernel.stride()
     tile = half_step_tile(wide)
     grid = (-(-outer // tile["OUTER"]), -(-count // tile["PROBLEMS"]))
     with on(job.out):

@@ -6,6 +6,7 @@
   packages). Otherwise ``TORCH`` (a requirement or the path of a wheel) is installed.
 * Without ``TORCH``, what pip would install is looked at first: if it brings the CUDA libraries (several
   GB), nothing is installed and the message says how to choose.
+* Nothing that is installed after it replaces that torch.
 * pip's own variables and configuration (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured throughout.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TORCH = "torch==2.13.0"
+TRITON = "triton<3.8"  # that of the default, whose CPU build names none
 MINIMUM = (2, 6)
 CHOOSE = """
 `pip install {torch}` would bring {count} CUDA packages (several GB) on this machine. Nothing was installed.
@@ -61,6 +63,18 @@ def install_torch(python: Path) -> None:
     pip(python, torch)
 
 
+def constraints_of_torch(python: Path) -> list[str]:
+    """Itself, as it is installed; and on Triton where it asks for none."""
+    code = """
+from importlib.metadata import distribution
+torch = distribution("torch")
+print(torch.version, any(name.startswith("triton") for name in torch.requires or ()))
+"""
+    found = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
+    version, names_triton = found.stdout.split()
+    return [f"torch=={version}", *([] if names_triton == "True" else [TRITON])]
+
+
 def sources_digest(extras: list[str]) -> str:
     """Changes with the native part or the packaging: an old environment is then brought up to date."""
     digest = hashlib.sha256(" ".join(extras).encode())
@@ -85,7 +99,10 @@ def main() -> None:
     if not fits(str(python)):
         install_torch(python)
     print(f"building and installing the package [{','.join(extras)}]", flush=True)
-    pip(python, "-e", f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT))
+    package = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(constraints_of_torch(python)) + "\n")
+    pip(python, "-c", str(constraints), "-e", package)
     stamp.write_text(f"{','.join(extras)}\n{digest}\n")
 
 

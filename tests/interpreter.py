@@ -7,7 +7,7 @@ Every result of an instruction is described anew: a block type with its shape ch
 tuple of constants, numpy's name of the type. Here what depends on a type alone is made once. Every check of
 Triton's semantics that can fail still runs.
 
-All of this is private to Triton: what another release no longer has stays as it is there, only slower.
+All of this is private to Triton: what another release does not have stays as it is there, only slower.
 """
 
 from __future__ import annotations
@@ -121,7 +121,13 @@ def number_before_nan(choose: Callable) -> Callable:
     return lambda _: lambda self, left, right: self.binary_op(left, right, choose)
 
 
-PATCHES: list[tuple[object, str, Callable]] = [
+MEANING: list[tuple[object, str, Callable]] = [
+    (interpreter.InterpreterBuilder, "create_maxnumf", number_before_nan(np.fmax)),
+    (interpreter.InterpreterBuilder, "create_minnumf", number_before_nan(np.fmin)),
+]
+# Before Triton 3.4 types are made of other things.
+SEMANTICS = getattr(semantic, "TritonSemantic", None)
+SPEED: list[tuple[object, str, Callable]] = [
     (interpreter, "_patch_lang", patch_each_module_once),
     (interpreter, "_get_np_dtype", remember_numpy_types),
     (core.block_type, "__init__", remember_blocks),
@@ -129,11 +135,10 @@ PATCHES: list[tuple[object, str, Callable]] = [
     (core.dtype, "__eq__", equal_if_the_same),
     (core.block_type, "__eq__", equal_if_the_same),
     (core, "_unwrap_if_constexpr", unwrap_constants_only),
-    (semantic.TritonSemantic, "broadcast_impl_value", leave_what_agrees),
-    (semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", look_for_overflow_when_it_is_said),
-    (interpreter.InterpreterBuilder, "create_maxnumf", number_before_nan(np.fmax)),
-    (interpreter.InterpreterBuilder, "create_minnumf", number_before_nan(np.fmin)),
+    (SEMANTICS, "broadcast_impl_value", leave_what_agrees),
+    (SEMANTICS, "binary_op_sanitize_overflow_impl", look_for_overflow_when_it_is_said),
 ]
+PATCHES = MEANING + (SPEED if SEMANTICS else [])
 
 
 REPLACED: list[tuple[object, str, Callable]] = []  # by quick: what Triton has

@@ -44,7 +44,7 @@ def test_public_names_are_documented():
         if inspect.isclass(thing) or inspect.isfunction(thing):
             assert thing.__doc__, name
     options = set(inspect.signature(kd.distill).parameters)
-    documented = set(re.findall(r"^        (\w+):", kd.distill.__doc__, re.M))
+    documented = set(re.findall(r"^    (\w+):", inspect.getdoc(kd.distill), re.M))
     assert options <= documented, options - documented
 
 

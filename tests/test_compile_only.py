@@ -17,6 +17,8 @@ TABLE = json.loads(Path(__file__).with_name("triton_resources.json").read_text()
 TARGETS = [name for name in TABLE if name != "triton"]
 # A kernel may take this many more registers than the table says before the test asks for a look at it.
 SLACK = 8
+# Bytes a thread that another Triton, with another ptxas, may spill where this one's spills nothing.
+OTHERS_SPILLS = 64
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Entries of the table: dtypes x sizes x (a training step, everything at once); of two kernels for several K.
 ENTRIES = {
@@ -31,6 +33,10 @@ ENTRIES = {
     "scale": 4,
 }
 
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
+    reason="arguments are described to the compiler as Triton takes them since 3.3",
+)
 
 # Without TRITON_INTERPRET: a process in which Triton compiles.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -54,9 +60,10 @@ def compiled():
 
 
 def check(target: str, found: dict) -> None:
+    on_record = TABLE["triton"] == triton.__version__
     for label, report in found.items():
-        assert report["spills"] == 0, (label, report)
-        if TABLE["triton"] == triton.__version__:
+        assert report["spills"] <= (0 if on_record else OTHERS_SPILLS), (label, report)
+        if on_record:
             for key in report.keys() & {"registers", "vgpr_count"}:
                 assert report[key] <= TABLE[target][label][key] + SLACK, (label, key, report)
 

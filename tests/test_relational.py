@@ -74,7 +74,12 @@ def test_value_and_gradients_of_both_models(call, dtype):
     ours, published = CALLS[call]
     inputs = points(37, dtype)
     exact = run(published, wide(inputs), beta=0.3)
-    plain = run(published, inputs, beta=0.3)
+    try:
+        plain = run(published, inputs, beta=0.3)
+    except RuntimeError as refusal:
+        if "not implemented for 'Half'" not in str(refusal):
+            raise
+        pytest.skip(f"this torch cannot run the published form in float16: {refusal}")
     found = run(ours, inputs, beta=0.3, teacher_grad=True)
     assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for x, y, z in zip(found, plain, exact):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_torch_integration import _Recorder
+from test_torch_integration import _Recorder, opcheck
 from transport import BACKENDS, NAMES, Problems, agree, dense  # noqa: F401
 from watch import in_a_process
 
@@ -30,7 +30,7 @@ def test_opcheck(gradient, dtype, shared, backend):
             x.detach().requires_grad_(forward and x.requires_grad) if isinstance(x, torch.Tensor) else x
             for x in args
         )
-        torch.library.opcheck(op, args, rtol=1e-3, atol=1e-4)
+        opcheck(op, args, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "envelope", "unrolled"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DTYPES, FLOOR, OPTIONS, SHAPING, SOURCES, Batch, error, leaves
 from plain import compare, gradients
-from test_torch_integration import _Recorder
+from test_torch_integration import _Recorder, opcheck
 from watch import in_a_process
 
 import kd_kernels as kd
@@ -379,7 +379,7 @@ def test_opcheck(objective, reduction):
             a.detach().requires_grad_(forward and a.requires_grad) if isinstance(a, torch.Tensor) else a
             for a in args
         )
-        torch.library.opcheck(op, args, rtol=1e-4, atol=1e-5)
+        opcheck(op, args, rtol=1e-4, atol=1e-5)
 
 
 @FORMS

@@ -20,7 +20,8 @@ class _Guard:
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        library = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+        backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        library = getattr(backend, "matmul", None)  # mkldnn's came with torch 2.9
         # Since torch 2.9, whose older setting refuses to be mixed with it.
         newer = hasattr(library, "fp32_precision")
         with self.lock:
