@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd_kernels.rows import RowJob, Rows
 
-STANDING = 'slower than Triton on an H200: serves only calls that say backend="cuda"'
+STANDING = 'was slower than Triton on an H200: serves only calls that say backend="cuda"'
 LIBRARY = Path(__file__).resolve().parent / "libkd_kernels_cuda.so"
 _ABI_VERSION = 1  # that of csrc/cuda/library.cpp: goes up when what it offers, or a structure, changes
 _REBUILD = "with nvcc on the path, run `KD_KERNELS_CUDA=on pip install .` in the source tree"

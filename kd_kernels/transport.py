@@ -213,6 +213,8 @@ def class_transport(
     _check_options(epsilon, iterations, order)
     check_reduction(reduction)
     check_positive("temperature", temperature)
+    if not isinstance(target_weight, (int, float)) or not math.isfinite(target_weight):
+        raise ValueError(f"target_weight must be a finite number, got {target_weight!r}")
     if target_weight and labels is None:
         raise ValueError("target_weight needs labels")
     if not isinstance(denominator_eps, (int, float)) or not 0 <= denominator_eps < math.inf:

@@ -59,11 +59,12 @@ REGISTERS, MANY_REGISTERS = 128, 160
 
 
 def row_registers(objective: str, labels: bool, teacher_grad: bool) -> int:
-    return MANY_REGISTERS if objective == "weighted_kl" and labels and teacher_grad else REGISTERS
+    many = ("weighted_kl", "skew_kl", "skew_reverse_kl")
+    return MANY_REGISTERS if objective in many and labels and teacher_grad else REGISTERS
 
 
-def topk_registers(k: int) -> int:
-    return MANY_REGISTERS if k > 512 else REGISTERS
+def topk_registers(k: int, wide: bool) -> int:
+    return MANY_REGISTERS if k > 512 or wide else REGISTERS
 
 
 def options(num_warps: int, hip: bool = torch.version.hip is not None, registers: int = REGISTERS) -> dict:
@@ -274,6 +275,7 @@ def topk_constants(
     """What a launch of the topk kernel is compiled for, but for its logits; and the number of warps."""
     language = kernels().topk.tl
     (block, num_warps), capacity = topk_configuration(vocab, k, temperatures, wide)
+    width = row_tile(block, wide)["WIDTH"]
     constants = {
         "KEEP": k > 0,
         "RANKED": targets > 0,
@@ -282,7 +284,8 @@ def topk_constants(
         "MP": power_of_two(temperatures),
         "RP": min(power_of_two(targets), _TARGETS_AT_A_TIME),
         "CAPACITY": capacity,
-        "BLOCK": block,
+        "WIDTH": width,
+        "LANES": block // width,
         "F": language.float64 if wide else language.float32,
     }
     return constants, num_warps
@@ -306,7 +309,7 @@ def topk(job: TopkJob) -> None:
     k, draws, targets = job.ids.shape[1], job.uniforms.shape[1], job.targets.shape[1]
     temperatures = job.temperatures.numel()
     constants, num_warps = topk_constants(job.vocab, k, temperatures, targets, draws, wide)
-    blocks = -(-job.vocab // constants["BLOCK"])
+    blocks = -(-job.vocab // (constants["LANES"] * constants["WIDTH"]))
     scratch = functools.partial(torch.empty, device=job.statistics.device)
     candidates = scratch(job.n, constants["CAPACITY"] if k else 0, dtype=torch.int32)
     masses = scratch(job.n, 2, blocks if draws else 0, dtype=torch.float64)
@@ -333,9 +336,10 @@ def topk(job: TopkJob) -> None:
             draws,
             job.vocab,
             CAPPED=job.side.softcap != 0,
+            SCALED=job.side.scale != 1,
             ALIGNMENT=ALIGNMENT if job.side.multiple % ALIGNMENT == 0 else 1,
             **constants,
-            **options(num_warps, registers=topk_registers(k)),
+            **options(num_warps, registers=topk_registers(k, wide)),
         )
 
 

@@ -282,6 +282,17 @@ def test_what_may_be_added_to_denominators(eps):
         kd.class_transport(normal(2, 3), normal(2, 3), classes(3), denominator_eps=eps)
 
 
+def test_a_cost_too_wide_with_something_in_denominators():
+    with pytest.raises(ValueError, match='domain="log".* takes any, without denominator_eps'):
+        kd.class_transport(normal(2, 9), normal(2, 9), 1e3 * classes(9), denominator_eps=1e-8, backend="cpu")
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "1"])
+def test_what_a_target_may_weigh(weight):
+    with pytest.raises(ValueError, match="target_weight must be a finite number"):
+        kd.class_transport(normal(2, 3), normal(2, 3), classes(3), torch.tensor([0, 1]), target_weight=weight)
+
+
 def test_threads_leave_the_precision_of_products_as_it_was():
     before = torch.get_float32_matmul_precision()
     try:

@@ -117,12 +117,13 @@ def test_no_recompilation_per_value_of_the_sparse_kernels(op, monkeypatch):
         else:
             runtime.topk(topk_job(rows, vocab, k, (scale,), targets=some, draws=some))
 
-    call(4800, 3, 64, 1.0, 30.0, 2)
+    call(4800, 3, 64, 1.3, 30.0, 2)
     call(6400, 5, 33, 0.5, 20.0, 7)
     call(32000, 2, 50, 0.7, 50.0, 16)
     assert len(recorder.seen) == 1
     call(32000, 2, 65, 0.7, 50.0, 16)
-    assert len(recorder.seen) == 2
+    call(32000, 2, 50, 1.0, 50.0, 16)  # nothing to multiply by
+    assert len(recorder.seen) == 3
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)

@@ -105,7 +105,7 @@ def topk_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[ASTSo
     constants, num_warps = triton_runtime.topk_constants(
         vocab, k, 3 if everything and k == IDS[0] else 1, 8 if everything else 1, 50 * everything, wide
     )
-    constants |= {"CAPPED": everything, "ALIGNMENT": 8}
+    constants |= {"CAPPED": everything, "SCALED": everything, "ALIGNMENT": 8}
     return _ast(topk.topk, constants, dtype), num_warps
 
 
@@ -350,7 +350,8 @@ def registers_of(kernel: str, label: str) -> int:
     if kernel == "half_step":
         return triton_transport.HALF_STEP_REGISTERS
     if kernel == "topk":
-        return triton_runtime.topk_registers(int(label.split()[1]))
+        _, k, dtype, *_ = label.split()
+        return triton_runtime.topk_registers(int(k), dtype == "float64")
     everything = label.endswith("everything")
     return triton_runtime.row_registers(kernel, everything, everything)
 

@@ -9,6 +9,7 @@ The gradient needs no marks: the walk writes something at the ids too, and what 
 import triton
 import triton.language as tl
 
+from .elementary import exponential
 from .objectives import times
 from .rows import (
     add_exp_and_mean_block,
@@ -28,7 +29,8 @@ GATHER_COLUMNS = tl.constexpr(4)
 @triton.jit
 def others_sum(lanes, top, row_top, inverse, marked, cap_below):
     """A row's sum of exponentials with the ``marked`` entries at ``-softcap``, ``cap_below`` the maximum."""
-    return row_sum(lanes, top, row_top, inverse) + times(marked, tl.exp(cap_below * inverse).to(tl.float64))
+    share = exponential(cap_below * inverse).to(tl.float64)
+    return row_sum(lanes, top, row_top, inverse) + times(marked, share)
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def gather(
             row_top = tl.where(nothing, floor, others_top)
             mean = row_mean_sum(mass, weighted, top, row_top, inverse)
             x_cap = cap_below * inverse
-            mean += times(marked * tl.exp(x_cap).to(tl.float64), x_cap.to(tl.float64))
+            mean += times(marked * exponential(x_cap).to(tl.float64), x_cap.to(tl.float64))
             tl.store(stats + 3, tl.where(nothing, 0.0, mean / tl.where(nothing, 1.0, others_mass)))
     else:
         others_top = tl.load(stats + 0).to(F)
@@ -168,12 +170,12 @@ def gather(
                 z = shaped(x, scale, cap, CAPPED, SCALED)
                 below = z - others_top
                 log_share = below * inverse - logz
-                share = tl.exp(log_share)
+                share = exponential(log_share)
                 gradient = share_gradient(c_soft, share)
                 if SLOPE:
                     gradient += share_gradient(c_slope, times(share, log_share))
                 if HARD:
-                    gradient += share_gradient(c_hard, tl.exp(below - logz_hard))
+                    gradient += share_gradient(c_hard, exponential(below - logz_hard))
                 gradient = tl.where(z == -float("inf"), 0.0, gradient)
                 if SCALED:
                     gradient *= scale

@@ -9,7 +9,7 @@ parts whose gradients are ``student - q sum(student)`` and ``teacher - p sum(tea
 import triton
 import triton.language as tl
 
-from .elementary import exp_parts, log1p_parts, phi_series
+from .elementary import exp_parts, exponential, log1p_parts, phi_series
 
 # Objectives whose student parts (teacher parts) sum to 0 for any p and q: the gradient needs no sum.
 STUDENT_SUMS_TO_ZERO = ("forward_kl",)
@@ -38,7 +38,7 @@ def pair(log_p, log_q, d):
     teacher_larger = d <= 0.0
     gap = -tl.abs(d)
     exp, expm1, phi, bounded = exp_parts(gap)
-    larger = tl.exp(larger_log(log_p, log_q))
+    larger = exponential(larger_log(log_p, log_q))
     return teacher_larger, larger, larger * exp, gap, exp, expm1, phi, bounded
 
 

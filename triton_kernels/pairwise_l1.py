@@ -13,7 +13,7 @@ a multiply-add that saturates: see :func:`step`. No two programs write to one nu
 import triton
 import triton.language as tl
 
-from .elementary import exp_parts
+from .elementary import exp_parts, exponential
 from .rows import number, row_start, shaped, store_gradient
 
 
@@ -80,10 +80,10 @@ def probabilities(
     z = shaped(x, number(scale, scale_low, F), number(softcap, softcap_low, F), CAPPED)
     top = tl.load(statistics + 2 * row, mask=present, other=0.0).to(F)
     # Not exp(x - logz): that difference would round to a larger number's last digit.
-    share = tl.exp(-tl.load(statistics + 2 * row + 1, mask=present, other=0.0)).to(F)
+    share = exponential(-tl.load(statistics + 2 * row + 1, mask=present, other=0.0)).to(F)
     inverse = (1.0 / tl.load(temperature + row, mask=present, other=1.0)).to(F)
-    exponential, _, _, _ = exp_parts((z - top[:, None]) * inverse[:, None])
-    p = tl.where(inside, exponential * share[:, None], 0.0)
+    e, _, _, _ = exp_parts((z - top[:, None]) * inverse[:, None])
+    p = tl.where(inside, e * share[:, None], 0.0)
     written = present[:, None] & (columns < lines)[None, :]
     if TRANSPOSED:
         place = place_of(starts, group, GRANULE) + i

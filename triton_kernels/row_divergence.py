@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import objectives  # noqa: F401  (the launcher reads its tables)
+from .elementary import exponential
 from .objectives import evaluate, larger_log
 from .rows import (
     add_exp_block,
@@ -54,7 +55,7 @@ def soft_gradient(part, probability, mean, coefficient, SUM: tl.constexpr):
 
 @triton.jit
 def hard_gradient(z, columns, label, top, logz, coefficient):
-    probability = tl.exp((z - top) - logz)
+    probability = exponential((z - top) - logz)
     rest = tl.where(columns == label, probability - 1.0, probability)
     return tl.where(coefficient == 0.0, 0.0, coefficient * rest)
 

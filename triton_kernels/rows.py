@@ -7,7 +7,7 @@ are then added in float64.
 import triton
 import triton.language as tl
 
-from .elementary import tanh
+from .elementary import exponential, tanh
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def add_exp_block(total, top, z, inverse_temperature):
     goes into the sum."""
     new = tl.maximum(top, tl.max(z, 1))
     if z.dtype == tl.float64:
-        added = tl.sum(tl.exp((z - new[:, None]) * inverse_temperature), 1)
-        return tl.fma(total, tl.exp((top - new) * inverse_temperature), added), new
+        added = tl.sum(exponential((z - new[:, None]) * inverse_temperature), 1)
+        return tl.fma(total, exponential((top - new) * inverse_temperature), added), new
     else:
         exponent = inverse_temperature * 1.4426950408889634
         added = tl.sum(tl.exp2((z - new[:, None]) * exponent), 1)
@@ -69,38 +69,31 @@ def add_exp_block(total, top, z, inverse_temperature):
 
 
 @triton.jit
-def add_exp_and_mean_block(total, weighted, top, z, inverse_temperature):
-    """:func:`add_exp_block`, and beside it lane sums of ``x exp(x)``, ``x = (z - top) / temperature``:
-    ``(total, weighted, top)``. All x are <= 0, also what a new maximum moves the old ones by: nothing
-    cancels."""
-    new = tl.maximum(top, tl.max(z, 1))
-    x, moved = (z - new[:, None]) * inverse_temperature, (top - new) * inverse_temperature
-    exp, decay = tl.exp(x), tl.exp(moved)
-    joined = tl.sum(tl.where(exp == 0.0, 0.0, exp * x), 1)
+def join_exp_and_mean(total, weighted, moved, x):
+    """Lane sums of ``exp(x)`` and ``x exp(x)``, moved by ``moved``, with a block more along the last
+    dimension of ``x``. All of these are <= 0: nothing cancels."""
+    LAST: tl.constexpr = len(x.shape) - 1
+    exp, decay = exponential(x), exponential(moved)
+    joined = tl.sum(tl.where(exp == 0.0, 0.0, exp * x), LAST)
     kept = tl.where(decay == 0.0, 0.0, decay * tl.fma(total, moved, weighted))
-    return tl.fma(total, decay, tl.sum(exp, 1)), kept + joined, new
+    return tl.fma(total, decay, tl.sum(exp, LAST)), kept + joined
 
 
 @triton.jit
-def add_exp_and_mean(total, weighted, top, z, inverse_temperature):
-    """:func:`add_exp_and_mean_block` of one entry a lane, by one exponential: it rescales either the sums or
-    the newcomer. ``top`` stays to be raised."""
-    step = (z - top) * inverse_temperature
-    distance = -tl.abs(step)
-    decay = tl.exp(distance)
-    moved = tl.where(decay == 0.0, 0.0, decay * tl.fma(total, distance, weighted))
-    joined = weighted + tl.where(decay == 0.0, 0.0, decay * distance)
-    return (
-        tl.where(step > 0.0, tl.fma(total, decay, 1.0), total + decay),
-        tl.where(step > 0.0, moved, joined),
-    )
+def add_exp_and_mean_block(total, weighted, top, z, inverse_temperature):
+    """:func:`add_exp_block`, and beside it lane sums of ``x exp(x)``, ``x = (z - top) / temperature``:
+    ``(total, weighted, top)``."""
+    new = tl.maximum(top, tl.max(z, 1))
+    x, moved = (z - new[:, None]) * inverse_temperature, (top - new) * inverse_temperature
+    total, weighted = join_exp_and_mean(total, weighted, moved, x)
+    return total, weighted, new
 
 
 @triton.jit
 def row_sum(total, top, row_top, inverse_temperature):
     """A row's sum of exponentials relative to its largest logit, from the lanes' sums along the last
     dimension; float64."""
-    share = tl.exp((top - row_top) * inverse_temperature)
+    share = exponential((top - row_top) * inverse_temperature)
     return tl.sum(total.to(tl.float64) * share.to(tl.float64), len(total.shape) - 1)
 
 
@@ -114,9 +107,9 @@ def log_sum(total, top, row_top, inverse_temperature):
 
 @triton.jit
 def row_mean_sum(total, weighted, top, row_top, inverse_temperature):
-    """A row's sum of ``x exp(x)`` relative to its largest logit, from :func:`add_exp_and_mean`; float64."""
+    """A row's sum of ``x exp(x)`` relative to its largest logit, from :func:`join_exp_and_mean`; float64."""
     distance = (top - row_top) * inverse_temperature
-    share = tl.exp(distance).to(tl.float64)
+    share = exponential(distance).to(tl.float64)
     moved = weighted.to(tl.float64) + total.to(tl.float64) * distance.to(tl.float64)
     return tl.sum(tl.where(share == 0.0, 0.0, share * moved), len(total.shape) - 1)
 

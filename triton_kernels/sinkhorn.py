@@ -11,6 +11,7 @@ Partial sums of the columns keep the tile's shape until a walk ends.
 import triton
 import triton.language as tl
 
+from .elementary import exponential
 from .objectives import times
 
 NUMBERS = tl.constexpr(5)
@@ -62,10 +63,10 @@ def log_sum_of_columns(cost, a, phi, mass_j, j, inverse, n, row_stride, ROWS: tl
         c = load_cost(cost, i, j, row_stride, mass_i, mass_j, F)
         z = log_plan(tl.load(phi + i, mask=i < n, other=-float("inf")), zero, c, inverse)
         new = tl.maximum(top, z)
-        total = total * tl.exp(top - not_lowest(new)) + tl.exp(z - not_lowest(new))
+        total = total * exponential(top - not_lowest(new)) + exponential(z - not_lowest(new))
         top = new
     row_top = tl.max(top, 0)
-    total *= tl.exp(top - not_lowest(row_top)[None, :])
+    total *= exponential(top - not_lowest(row_top)[None, :])
     return tl.log(tl.sum(total, 0)) + row_top
 
 
@@ -122,14 +123,14 @@ def solve(
             c = load_cost(cost, i, j, cost_row, mass_i, mass_j, F)
             z = log_plan(tl.zeros([ROWS], F), column, c, inverse)
             top = not_lowest(tl.max(z, 1))
-            e = tl.exp(z - top[:, None])
+            e = exponential(z - top[:, None])
             total = tl.sum(e, 1)
             log_sum = tl.log(total) + top
             present = mass_i > 0.0
             if TOLERANCE:
                 if step > 0:
                     old = tl.load(old_phi + i, mask=i < n, other=-inf)
-                    off = tl.abs(tl.exp(old + log_sum) - mass_i)
+                    off = tl.abs(exponential(old + log_sum) - mass_i)
                     error += tl.where(present, off, 0.0).to(tl.float64)
                     mass += mass_i.to(tl.float64)
             row = tl.where(present, tl.log(mass_i) - log_sum, -inf)
@@ -166,7 +167,7 @@ def solve(
         i, mass_i = masses_of_rows(a, first, n, ROWS, F)
         c = load_cost(cost, i, j, cost_row, mass_i, mass_j, F)
         row = tl.load(final + i, mask=i < n, other=-inf)
-        plan = tl.exp(log_plan(row, column, c, inverse))
+        plan = exponential(log_plan(row, column, c, inverse))
         sum_i = tl.sum(plan.to(tl.float64), 1)
         transport += tl.sum(times(plan, c).to(tl.float64), 1)
         present = mass_i > 0.0
@@ -265,7 +266,7 @@ def unrolled(
         i, mass_i = masses_of_rows(a, first, n, ROWS, F)
         c = load_cost(cost, i, j, cost_row, mass_i, mass_j, F)
         row = tl.load(phi + problem * n + i, mask=i < n, other=-inf)
-        plan = tl.exp(log_plan(row, column, c, inverse))
+        plan = exponential(log_plan(row, column, c, inverse))
         through = cotangent(plan, c, d_plan, i, j, n, m, weight, PLAN)
         at = i.to(tl.int64)[:, None] * m + j[None, :]
         tl.store(d_cost + at, weight * plan - through * inverse, mask=(i < n)[:, None] & inside[None, :])
@@ -290,11 +291,11 @@ def unrolled(
             i, mass_i = masses_of_rows(a, first, n, ROWS, F)
             c = load_cost(cost, i, j, cost_row, mass_i, mass_j, F)
             row = tl.load(phi_history + step * n + i, mask=i < n, other=-inf)
-            columns = tl.exp(log_plan(row, now, c, inverse)) * by_column[None, :]
+            columns = exponential(log_plan(row, now, c, inverse)) * by_column[None, :]
             d_mass_i = tl.load(d_a + i, mask=i < n, other=0.0)
             d_row = tl.where(step == iterations - 1, d_mass_i, 0.0) - tl.sum(columns, 1)
             tl.store(d_a + i, tl.where(step == iterations - 1, 0.0, d_mass_i) + d_row, mask=i < n)
-            rows = tl.exp(log_plan(row, old, c, inverse)) * per_mass(d_row, mass_i)[:, None]
+            rows = exponential(log_plan(row, old, c, inverse)) * per_mass(d_row, mass_i)[:, None]
             sums -= rows
             at, whole = i.to(tl.int64)[:, None] * m + j[None, :], (i < n)[:, None] & inside[None, :]
             gradient = tl.load(d_cost + at, mask=whole, other=0.0)
@@ -375,7 +376,7 @@ def implicit(
         i, mass_i = masses_of_rows(a, first, n, ROWS, tl.float64)
         c = load_cost(cost, i, j, cost_row, mass_i, mass_j, tl.float64)
         row = tl.load(phi + problem * n + i, mask=i < n, other=-inf).to(tl.float64)
-        p = tl.exp(log_plan(row, column, c, inverse))
+        p = exponential(log_plan(row, column, c, inverse))
         through = cotangent(p, c, d_plan, i, j, n, m, weight, PLAN)
         at = i.to(tl.int64)[:, None] * m + j[None, :]
         tl.store(plan + at, p, mask=(i < n)[:, None] & (j < m)[None, :])

@@ -17,9 +17,12 @@ bisection of their prefix sums finds a draw's block, which is read once more.
 import triton
 import triton.language as tl
 
+from .elementary import exponential
 from .rows import (
-    add_exp_and_mean,
+    add_exp_and_mean_block,
+    join_exp_and_mean,
     load_block,
+    load_whole,
     lowest,
     number,
     row_mean_sum,
@@ -35,10 +38,36 @@ def load_at(start, ids, listed, scale, softcap, CAPPED: tl.constexpr, F: tl.cons
 
 
 @triton.jit
+def lane_sums(MP: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr):
+    """Zeros for each temperature (or target) and lane, ``[LANES]`` of a single one: with a dimension more,
+    Triton would hand the entries from thread to thread."""
+    if MP == 1:
+        return tl.zeros([LANES], dtype)
+    else:
+        return tl.zeros([MP, LANES], dtype)
+
+
+@triton.jit
+def each(sums):
+    """``[MP, LANES]`` of what :func:`lane_sums` gave."""
+    if len(sums.shape) == 1:
+        return sums[None, :]
+    else:
+        return sums
+
+
+@triton.jit
 def add(mass, weighted, top, z, inverse):
-    """One more block in the lane sums, ``[M, BLOCK]`` for M temperatures over maxima ``[BLOCK]``."""
-    mass, weighted = add_exp_and_mean(mass, weighted, top[None, :], z[None, :], inverse[:, None])
-    return mass, weighted, tl.where(z > top, z, top)
+    """One more block ``[LANES, WIDTH]`` in the lane sums of temperatures ``[MP]`` over maxima ``[LANES]``."""
+    if len(mass.shape) == 1:
+        return add_exp_and_mean_block(mass, weighted, top, z, tl.sum(inverse, 0))
+    else:
+        new = tl.maximum(top, tl.max(z, 1))
+        x, moved = (z - new[:, None])[None, :, :], (top - new)[None, :]
+        mass, weighted = join_exp_and_mean(
+            mass, weighted, moved * inverse[:, None], x * inverse[:, None, None]
+        )
+        return mass, weighted, new
 
 
 @triton.jit
@@ -80,10 +109,19 @@ def cut(slots, z, count, k):
 
 @triton.jit
 def ahead(z, columns, target_z, target):
-    """Which entries ``[BLOCK]`` come before which targets ``[RP]`` in the order; int32."""
-    z, columns = z[None, :], columns[None, :]
-    target_z, target = target_z[:, None], target[:, None]
+    """Which entries come before which targets in the order; int32."""
     return ((z > target_z) | ((z == target_z) & (columns < target))).to(tl.int32)
+
+
+@triton.jit
+def lanes_ahead(z, columns, target_z, target):
+    """How many entries of each lane of ``[LANES, WIDTH]`` come before each of the targets ``[RP]``, as
+    :func:`lane_sums`."""
+    if target.shape[0] == 1:
+        return tl.sum(ahead(z, columns, tl.sum(target_z, 0), tl.sum(target, 0)), 1)
+    else:
+        z, columns = z[None, :, :], columns[None, :, :]
+        return tl.sum(ahead(z, columns, target_z[:, None, None], target[:, None, None]), 2)
 
 
 @triton.jit
@@ -108,7 +146,7 @@ def load_targets(
 def store_targets(target_values, target_ranks, first, count, known, z, rank, RP: tl.constexpr):
     r = first + tl.arange(0, RP)
     tl.store(target_values + r, tl.where(known, z, float("nan")).to(tl.float64), mask=r < count)
-    tl.store(target_ranks + r, tl.where(known, 1 + tl.sum(rank, 1), 0), mask=r < count)
+    tl.store(target_ranks + r, tl.where(known, 1 + tl.sum(each(rank), 1), 0), mask=r < count)
 
 
 @triton.jit
@@ -136,7 +174,8 @@ def store_largest(
             listed = j + tl.arange(0, CHUNK)
             other = tl.load(buffer + listed, mask=listed < count, other=0)
             other_z = load_at(start, other, listed < count, scale, cap, CAPPED, F)
-            place += tl.sum(ahead(other_z, other, z, candidate), 1)
+            before = ahead(other_z[None, :], other[None, :], z[:, None], candidate[:, None])
+            place += tl.sum(before, 1)
         place = tl.where(slots < count, place, slots)
         tl.store(ids + place, candidate, mask=slots < k)
         tl.store(values + place, z.to(tl.float64), mask=slots < k)
@@ -147,7 +186,7 @@ def prefix_masses(log_masses, prefix, blocks, log_total):
     """Cumulated probabilities of the blocks into ``prefix``, never falling; returns the last."""
     running = tl.zeros([], tl.float64)
     for i in range(blocks):
-        running += tl.exp(tl.load(log_masses + i) - log_total)
+        running += exponential(tl.load(log_masses + i) - log_total)
         tl.store(prefix + i, running)
     return running
 
@@ -177,7 +216,7 @@ def draw(
     share = (reach - before) / (tl.load(prefix + low) - before)
     columns = low * BLOCK + tl.arange(0, BLOCK)
     z = load_block(start, columns, columns < vocab, scale, cap, CAPPED, F)
-    weight = tl.exp((z - tl.max(z, 0)) * inverse).to(tl.float64)
+    weight = exponential((z - tl.max(z, 0)) * inverse).to(tl.float64)
     # Sums of a parallel scan are rounded each in its own way: what has no probability is never drawn.
     possible = weight > 0.0
     reached = (tl.cumsum(weight, 0) > share * tl.sum(weight, 0)) & possible
@@ -214,17 +253,20 @@ def topk(
     RANKED: tl.constexpr,  # targets_count > 0
     DRAWS: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,  # whether the scale is another than 1
     ALIGNMENT: tl.constexpr,  # divides every offset
     P: tl.constexpr,  # how many of the k largest are put in order at a time
     MP: tl.constexpr,  # a power of two that the number of temperatures does not exceed
     RP: tl.constexpr,  # targets at a time: the first ones in the walk, more in walks of their own
     CAPACITY: tl.constexpr,  # of the candidates' buffer: with room for a block beside k
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
     F: tl.constexpr,  # arithmetic: float32 or float64
 ):
     row = tl.program_id(0).to(tl.int64)
+    BLOCK: tl.constexpr = WIDTH * LANES
     blocks = tl.cdiv(vocab, BLOCK)
-    lanes = tl.arange(0, BLOCK)
+    entries = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     start = row_start(logits, offsets, row, ALIGNMENT)
     scale = number(scale, scale_low, F)
     cap = number(softcap, softcap_low, F)
@@ -233,8 +275,8 @@ def topk(
     inverse = inverse_wide.to(F)
 
     floor = lowest(F)
-    top = tl.full([BLOCK], floor, F)
-    mass, weighted = tl.zeros([MP, BLOCK], F), tl.zeros([MP, BLOCK], F)
+    top = tl.full([LANES], floor, F)
+    mass, weighted = lane_sums(MP, LANES, F), lane_sums(MP, LANES, F)
     if KEEP:
         buffer = candidates + row * CAPACITY
         slots = tl.arange(0, CAPACITY)
@@ -247,7 +289,7 @@ def topk(
         known, target, target_z = load_targets(
             row_targets, start, 0, targets_count, vocab, scale, cap, CAPPED, RP, F
         )
-        rank = tl.zeros([RP, BLOCK], tl.int32)
+        rank = lane_sums(RP, LANES, tl.int32)
     if DRAWS:
         log_masses = masses + row * 2 * blocks
         inverse_draw = pick(inverse, 0, MP)
@@ -264,43 +306,53 @@ def topk(
                 tl.debug_barrier()
                 tl.store(buffer + place, candidate, mask=held)
                 tl.debug_barrier()
-                for j in range(kept, count, BLOCK):
-                    evicted = tl.load(buffer + j + lanes, mask=j + lanes < count, other=0)
-                    z = load_at(start, evicted, j + lanes < count, scale, cap, CAPPED, F)
+                for j in range(kept // BLOCK, tl.cdiv(count, BLOCK)):
+                    slot = j * BLOCK + entries
+                    given_up = (slot >= kept) & (slot < count)
+                    evicted = tl.load(buffer + slot, mask=given_up, other=0)
+                    z = load_at(start, evicted, given_up, scale, cap, CAPPED, F)
                     mass, weighted, top = add(mass, weighted, top, z, inverse)
                 tl.debug_barrier()  # before new candidates are stored
                 count = kept
-        columns = i * BLOCK + lanes
-        z = load_block(start, columns, columns < vocab, scale, cap, CAPPED, F)
+        columns = i * BLOCK + entries
+        if (i + 1) * BLOCK <= vocab:
+            z = load_whole(start, columns, scale, cap, CAPPED, SCALED, F)
+        else:
+            z = load_block(start, columns, columns < vocab, scale, cap, CAPPED, F)
         if RANKED:
-            rank += ahead(z, columns, target_z, target)
+            rank += lanes_ahead(z, columns, target_z, target)
         if DRAWS:
-            block_top = tl.max(z, 0)
+            block_top = tl.max(tl.max(z, 1), 0)
             relative = z - tl.where(block_top == -float("inf"), 0.0, block_top)
-            block_mass = tl.sum(tl.exp(relative * inverse_draw).to(tl.float64), 0)
+            block_mass = tl.sum(tl.sum(exponential(relative * inverse_draw).to(tl.float64), 1), 0)
             log_mass = block_top.to(tl.float64) * pick(inverse_wide, 0, MP) + tl.log(block_mass)
             tl.store(log_masses + i, log_mass, mask=i < blocks)
         if KEEP:
             fresh = z > threshold  # never NaN: that goes to the sums, where it stays
-            arrived = tl.cumsum(fresh.to(tl.int32), 0)
+            in_lane = tl.cumsum(fresh.to(tl.int32), 1)
+            of_lanes = tl.sum(fresh.to(tl.int32), 1)
+            arrived = (tl.cumsum(of_lanes, 0) - of_lanes)[:, None] + in_lane
             tl.store(buffer + count + arrived - 1, columns, mask=fresh)
-            count += tl.max(arrived, 0)
+            count += tl.sum(of_lanes, 0)
             z = tl.where(fresh, -float("inf"), z)
         mass, weighted, top = add(mass, weighted, top, z, inverse)
 
     tail_top = tl.max(top, 0)
-    tail = row_sum(mass, top[None, :], tail_top, inverse[:, None])
+    tail = row_sum(each(mass), top[None, :], tail_top, inverse[:, None])
     if KEEP:
-        for j in range(0, count, BLOCK):
-            candidate = tl.load(buffer + j + lanes, mask=j + lanes < count, other=0)
-            z = load_at(start, candidate, j + lanes < count, scale, cap, CAPPED, F)
+        for j in range(tl.cdiv(count, BLOCK)):
+            slot = j * BLOCK + entries
+            candidate = tl.load(buffer + slot, mask=slot < count, other=0)
+            z = load_at(start, candidate, slot < count, scale, cap, CAPPED, F)
             mass, weighted, top = add(mass, weighted, top, z, inverse)
         store_largest(ids + row * k, values + row * k, buffer, start, count, k, scale, cap, CAPPED, P, F)
     row_top = tl.max(top, 0)
-    whole = row_sum(mass, top[None, :], row_top, inverse[:, None])
+    whole = row_sum(each(mass), top[None, :], row_top, inverse[:, None])
     whole = tl.where(whole == 0.0, float("nan"), whole)  # a row without a finite logit
     log_whole = tl.log(whole)
-    entropy = log_whole - row_mean_sum(mass, weighted, top[None, :], row_top, inverse[:, None]) / whole
+    entropy = (
+        log_whole - row_mean_sum(each(mass), each(weighted), top[None, :], row_top, inverse[:, None]) / whole
+    )
     largest, largest_tail = row_top.to(tl.float64), tail_top.to(tl.float64)
     lse = largest * inverse_wide + log_whole
     log_tail = (largest_tail - largest) * inverse_wide + (tl.log(tail) - log_whole)
@@ -318,11 +370,11 @@ def topk(
             known, target, target_z = load_targets(
                 row_targets, start, first, targets_count, vocab, scale, cap, CAPPED, RP, F
             )
-            rank = tl.zeros([RP, BLOCK], tl.int32)
+            rank = lane_sums(RP, LANES, tl.int32)
             for i in range(blocks):
-                columns = i * BLOCK + lanes
+                columns = i * BLOCK + entries
                 z = load_block(start, columns, columns < vocab, scale, cap, CAPPED, F)
-                rank += ahead(z, columns, target_z, target)
+                rank += lanes_ahead(z, columns, target_z, target)
             store_targets(
                 row_target_values, row_target_ranks, first, targets_count, known, target_z, rank, RP
             )

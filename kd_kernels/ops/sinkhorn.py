@@ -63,10 +63,12 @@ def _check_outcome(call: Call, numbers: Tensor) -> None:
             f"problem {first} has a row or column with mass whose pairs are all forbidden (infinite cost, or "
             f"the other side without mass)"
         )
-    raise ValueError(
-        f"problem {first} has costs too far apart for this epsilon"
-        + (' in scalings; domain="log" (or "auto") takes any' if call.domain == P.SCALING else "")
-    )
+    instead = ""
+    if call.domain == P.SCALING:
+        instead = ' in scalings; domain="log" (or "auto") takes any'
+    if call.denominator:
+        instead += ", without denominator_eps"
+    raise ValueError(f"problem {first} has costs too far apart for this epsilon{instead}")
 
 
 def _forward(*arguments):
