@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kd_kernels as kd
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))  # major and minor
 OBJECTIVES: list[kd.Objective] = [
     kd.ForwardKL(),
     kd.ReverseKL(),

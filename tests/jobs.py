@@ -20,6 +20,17 @@ def backends_of(op: str) -> list[str]:
     return [name for name, (kernel, why_not) in TABLE[op].items() if kernel is not None and not why_not(cpu)]
 
 
+def close(got: Tensor, want: Tensor, bar: float, spare: float | Tensor = 0.0) -> None:
+    """Elementwise, relative to the largest number of its row; NaN and infinities alike."""
+    finite = want.isfinite()
+    torch.testing.assert_close(
+        got.double().masked_fill(finite, 0), want.masked_fill(finite, 0), equal_nan=True, rtol=0, atol=0
+    )
+    size = want.masked_fill(~finite, 0).abs().amax(-1, keepdim=True) if want.numel() else want
+    right = (got - want).abs().masked_fill(~finite, 0) <= bar * size + spare
+    assert right.all(), (got[~right], want[~right])  # NaN is not
+
+
 def kernel_of(op: str, backend: str):
     kernel = TABLE[op][backend][0]
     assert kernel is not None

@@ -34,7 +34,7 @@ ENTRIES = {
 }
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
+    runtime.version() < (3, 3),
     reason="arguments are described to the compiler as Triton takes them since 3.3",
 )
 

@@ -5,6 +5,7 @@ import torch
 from cases import error
 
 from kd_kernels import problems as P
+from kd_kernels import triton_transport
 from kd_kernels.backends import TABLE
 
 SIDES = pytest.mark.parametrize("transposed", [False, True])
@@ -91,3 +92,12 @@ def test_results_do_not_depend_on_threads(backend):
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(found[0], x) for x in found[1:])
+
+
+@SIDES
+def test_a_triton_without_products_of_float64(transposed, monkeypatch):
+    monkeypatch.setattr(triton_transport, "version", lambda: (3, 4))
+    monkeypatch.setattr(triton_transport, "kernels", lambda: pytest.fail("went to the kernel"))
+    kernel, x, weight, _ = drawn(3, 5, 7, transposed)
+    wanted = step("reference", kernel, x, weight, transposed, True)
+    assert torch.equal(step("triton", kernel, x, weight, transposed, True), wanted)

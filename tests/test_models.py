@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import error
+from cases import TORCH, error
 from heads import check
 from torch import nn
 
@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: no models to read")
 from transformers.models.auto import modeling_auto  # noqa: E402
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+if TORCH < (2, 7):
     pytest.skip("transformers' newest models do not run on torch 2.6", allow_module_level=True)
 
 CAUSAL = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import error
+from cases import TORCH, error
 from torch import nn
 
 import kd_kernels as kd
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+if TORCH < (2, 7):
     pytest.skip("torch 2.6 shards on GPUs only (FSDP2 records events of streams)", allow_module_level=True)
 
 VOCAB, WIDTH = 23, 8  # 23 rows: shards of unequal size

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ def test_info():
     for word in ("kd_kernels", "torch", "threads", "native", "row_divergence", "reference"):
         assert word in run.stdout
     assert "cuda       " in run.stdout, "an unavailable backend is listed with its reason"
+
+
+def test_what_is_installed_after_torch_leaves_it_as_it_is():
+    code = "import make_env, sys; print(*make_env.constraints_of_torch(sys.executable), sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "scripts")
+    itself, *triton = run.stdout.splitlines()
+    torch = distribution("torch")
+    assert itself == f"torch=={torch.version}", run.stderr
+    assert len(triton) == (0 if any(x.startswith("triton") for x in torch.requires) else 1)
 
 
 def test_native_part_links_one_openmp_and_no_torch():

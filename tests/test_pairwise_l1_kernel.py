@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from cases import DTYPES
-from jobs import SPREAD, backends_of, kernel_of, side
+from jobs import SPREAD, backends_of, close, kernel_of, side
 
 from kd_kernels import rows as R
 from kd_kernels import triton_transport as runtime
@@ -125,17 +125,6 @@ def undecided(job: R.PairwiseL1Job, rounding: float) -> tuple[torch.Tensor, ...]
         of_q[rows] += rounding / 20 * (weight.sum(0) + job.teacher_means[rows].abs())[:, None]
     slopes = (abs(x.scale) / x.temperature[:, None] for x in (job.student, job.teacher))
     return signs, *(x * y * slope for x, y, slope in zip((p, q), (of_p, of_q), slopes))
-
-
-def close(got: torch.Tensor, want: torch.Tensor, bar: float, spare: float | torch.Tensor = 0.0) -> None:
-    """Elementwise, relative to the largest number of its row; NaN and infinities alike."""
-    finite = want.isfinite()
-    torch.testing.assert_close(
-        got.double().masked_fill(finite, 0), want.masked_fill(finite, 0), equal_nan=True, rtol=0, atol=0
-    )
-    size = want.masked_fill(~finite, 0).abs().amax(-1, keepdim=True)
-    wrong = (got - want).abs().masked_fill(~finite, 0) > bar * size + spare
-    assert not wrong.any(), (got[wrong], want[wrong])
 
 
 def check(job: R.PairwiseL1Job, name: str, device: str = "cpu") -> R.PairwiseL1Job:

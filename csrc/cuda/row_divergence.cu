@@ -12,13 +12,12 @@ namespace {
 constexpr bool kWithTeacher = KD_TEACHER != 0;
 // Rows in float64 are read again by every walk: their arithmetic takes longer than that.
 constexpr bool kMayHold = sizeof(KD_STORAGE::Number) == sizeof(float);
-// Blocks of a multiprocessor that must find room: one reads while the other computes. Where only one must, ptxas
-// takes more registers than two have; where two must, the skew divergences of eight entries at a time and what looks
-// up its types would spill.
+template <class Functor>
+constexpr bool kIsSkew = std::is_same_v<Functor, SkewKL> || std::is_same_v<Functor, SkewReverseKL>;
+// Blocks of a multiprocessor that must find room: one reads while the other computes. What looks up its types, and
+// the skew divergences of eight entries at a time, would spill with the registers that two leave.
 template <class S, class Functor>
-constexpr int kLeastBlocks =
-    S::kFixed && (S::kGroup == 4 || !(std::is_same_v<Functor, SkewKL> || std::is_same_v<Functor, SkewReverseKL>)) ? 2
-                                                                                                                  : 1;
+constexpr int kLeastBlocks = !S::kFixed || (S::kGroup > 4 && kIsSkew<Functor>) ? 1 : 2;
 
 // Storage and direction are parameters for the sake of the kernel's name (tests/cuda_resources.py reads it).
 template <class S, class Functor, bool kTeacher, bool kHeld>
