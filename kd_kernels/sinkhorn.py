@@ -13,6 +13,7 @@ from torch import Tensor
 from kd_kernels import problems as P
 from kd_kernels.arguments import number, refuse_transforms, saveable
 from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.class_cost import class_cost as _class_cost
 from kd_kernels.ops.sinkhorn import sinkhorn as _op
 
 ORDERS, MASSES = ("rows_columns", "columns_rows"), ("probability", "unit")
@@ -137,7 +138,6 @@ def sinkhorn(
         saveable(b),
         epsilons,
         number(limit),
-        number(0.0),
         P.DOMAINS.index(domain),
         order == ORDERS[1],
         gradient == "unrolled",
@@ -220,16 +220,14 @@ def class_cost(
     least = torch.where(least.isfinite(), least, 0.0)
     if torch.compiler.is_compiling() or cost.device.type != "cpu" or bool(least != 0):
         cost = cost - least
-    _, _, transport, _, _, found, *_ = _op(
+    transport, found, *_ = _class_cost(
         *(saveable(x) for x in (cost, a, b)),
         number(epsilon).repeat(iterations),
-        number(0.0),
         number(denominator),
         P.DOMAINS.index(domain),
         order == ORDERS[1],
-        torch.is_grad_enabled() and (a.requires_grad or b.requires_grad),  # or nothing is kept
-        False,
         backend,
+        [torch.is_grad_enabled() and x.requires_grad for x in (a, b)],
     )
     gap, error = (found[:, i].detach().to(a.dtype) for i in (P.GAP, P.ERROR))
     return transport + least * a.detach().sum(1), gap, error

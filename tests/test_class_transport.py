@@ -6,10 +6,13 @@ import threading
 import pytest
 import torch
 from cases import DTYPES, FLOOR, error
+from test_torch_integration import _Recorder, opcheck
 from test_transport import classes, leaves, normal, run, unrolled
 from watch import Largest
 
 import kd_kernels as kd
+from kd_kernels.drivers.sinkhorn import Call, solve_and_differentiate
+from kd_kernels.problems import SCALING
 
 
 def published_classes(
@@ -145,12 +148,42 @@ def test_class_gradcheck():
 
 
 def test_the_cost_is_never_copied_for_each_sample():
-    n, c = 12, 40
-    inputs = leaves(normal(n, c), normal(n, c, seed=1))
-    cost = classes(c)
+    n, c = 60, 40
+    a, b, cost = normal(n, c).softmax(1), normal(n, c, seed=1).softmax(1), classes(c)
+    call = Call(cost, a, b, torch.full((10,), 0.05, dtype=torch.float64), 0.0, SCALING, True, None)
     with Largest() as seen:
-        run(kd.class_transport, inputs, cost=cost, labels=torch.arange(n), teacher_grad=True)
-    assert seen.numel == max(c * c, n * 10 * c)  # the scalings of ten iterations
+        solve_and_differentiate(call)
+    # The scalings of ten iterations, and scratch memory in bytes for two matrices.
+    assert seen.numel == max(2 * 8 * c * c, n * 10 * c) < n * c * c
+
+
+@pytest.mark.parametrize("teacher_grad", [False, True])
+def test_the_backward_pass_multiplies_what_the_forward_found(teacher_grad):
+    """Nothing but the gradients is kept between them: no cost, no iteration."""
+    n, c = 4, 30
+    z, y = leaves(normal(n, c), normal(n, c, seed=1))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        loss = kd.class_transport(z, y, classes(c), iterations=50, teacher_grad=teacher_grad)
+    assert max(kept) == n * c
+    with pytest.raises(RuntimeError, match="kd_kernels.class_transport: double backward"):
+        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("teacher_grad", [False, True])
+@pytest.mark.parametrize("domain", ["scaling", "log"])
+def test_opcheck(domain, teacher_grad, backend):
+    z, y = leaves(normal(3, 6), normal(3, 6, seed=1), dtype=torch.float32)
+    options = {"domain": domain, "teacher_grad": teacher_grad, "backend": backend}
+    with _Recorder() as recorder:
+        kd.class_transport(z, y, classes(6, torch.float32), **options).backward()
+    ops = torch.ops.kd_kernels
+    assert set(recorder.calls) == {ops.class_cost.default, ops.points_backward.default}
+    torch.use_deterministic_algorithms(False)  # opcheck compares uninitialised empties otherwise
+    args = recorder.calls[ops.class_cost.default]
+    args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in args]
+    opcheck(ops.class_cost.default, args, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a computation holds meanwhile: the largest tensor it makes, the memory of its process."""
 
+import math
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def in_a_process(script: str, *arguments: str) -> int:
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made meanwhile holds."""
+    """The most numbers that any tensor made meanwhile holds; what is expanded holds them once."""
 
     numel = 0
 
@@ -34,5 +35,6 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
+                held = math.prod(size for size, step in zip(x.shape, x.stride()) if step)
+                self.numel = max(self.numel, held if x.numel() else 0)
         return out

@@ -65,20 +65,34 @@ KD_INLINE T largest_lane(Vec<T> x) {
   return max;
 }
 
-// The first `count` lanes; the others are 0.
+// The first `count` lanes, one or more; of what is loaded the others are 0.
+#if defined(__AVX512F__)
+KD_INLINE Vec<float> load_some(const float* source, int64_t count) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), source)};
+}
+KD_INLINE Vec<double> load_some(const double* source, int64_t count) {
+  return {_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), source)};
+}
+KD_INLINE void store_some(Vec<float> x, float* target, int64_t count) {
+  _mm512_mask_storeu_ps(target, static_cast<__mmask16>((1u << count) - 1u), x.v);
+}
+KD_INLINE void store_some(Vec<double> x, double* target, int64_t count) {
+  _mm512_mask_storeu_pd(target, static_cast<__mmask8>((1u << count) - 1u), x.v);
+}
+#else
 template <class T>
 KD_INLINE Vec<T> load_some(const T* source, int64_t count) {
   T lanes[Vec<T>::kLanes] = {};
   std::memcpy(lanes, source, static_cast<size_t>(count) * sizeof(T));
   return Vec<T>::load(lanes);
 }
-
 template <class T>
 KD_INLINE void store_some(Vec<T> x, T* target, int64_t count) {
   T lanes[Vec<T>::kLanes];
   x.store(lanes);
   std::memcpy(target, lanes, static_cast<size_t>(count) * sizeof(T));
 }
+#endif
 
 }  // namespace
 }  // namespace KD_ISA

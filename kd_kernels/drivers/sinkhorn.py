@@ -55,15 +55,18 @@ class Cotangents:
 
 def solve(call: Call, history: bool) -> tuple[Potentials, Tensor]:
     """(potentials, numbers ``[B, 5]``) of the call's problems."""
-    count = call.a.shape[0]
-
-    def keep(like: Tensor) -> Optional[Tensor]:
-        return like.new_zeros(count, call.epsilons.numel(), like.shape[1]) if history else None
-
-    found = Potentials(torch.zeros_like(call.a), torch.zeros_like(call.b), keep(call.a), keep(call.b))
-    numbers = torch.zeros(count, P.NUMBER_COLUMNS, dtype=torch.float64, device=call.a.device)
+    found, numbers = _potentials(call, history), _numbers(call)
     _run(call, found, Cotangents(), P.SOLVE, numbers, None)
     return found, numbers
+
+
+def solve_and_differentiate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(numbers, gradients of ``<P, C>`` to a and b through all iterations) of a cost shared by all problems;
+    their kernel is made once."""
+    found, numbers = _potentials(call, history=True), _numbers(call)
+    results = (None, torch.zeros_like(call.a), torch.zeros_like(call.b))
+    _run(call, found, Cotangents(call.a.new_ones(call.a.shape[0])), P.SOLVE | P.UNROLLED, numbers, results)
+    return numbers, *_from_logarithms(call, *results[1:])
 
 
 def adjoint(
@@ -71,24 +74,39 @@ def adjoint(
 ) -> tuple[Optional[Tensor], Tensor, Tensor]:
     """Gradients of (cost in the state's dtype or None, a, b), see
     :class:`kd_kernels.problems.SinkhornJob`."""
-    numbers = torch.zeros(call.a.shape[0], P.NUMBER_COLUMNS, dtype=torch.float64, device=call.a.device)
     # The kernel always makes the gradient of a problem's own cost.
     d_cost = None
     if cost_gradient or call.cost.dim() == 3:
         d_cost = torch.zeros(call.cost.shape, dtype=call.a.dtype, device=call.a.device)
     results = (d_cost, torch.zeros_like(call.a), torch.zeros_like(call.b))
-    _run(call, found, arriving, phase, numbers, results)
+    _run(call, found, arriving, phase, _numbers(call), results)
     d_cost, d_a, d_b = results
-    if phase == P.UNROLLED:  # of the logarithms
-        d_a, d_b = (torch.where(x == 0, 0.0, d / x) for d, x in ((d_a, call.a), (d_b, call.b)))
+    if phase == P.UNROLLED:
+        d_a, d_b = _from_logarithms(call, d_a, d_b)
     return d_cost if cost_gradient else None, d_a, d_b
+
+
+def _potentials(call: Call, history: bool) -> Potentials:
+    def keep(like: Tensor) -> Optional[Tensor]:
+        return like.new_zeros(len(like), call.epsilons.numel(), like.shape[1]) if history else None
+
+    return Potentials(torch.zeros_like(call.a), torch.zeros_like(call.b), keep(call.a), keep(call.b))
+
+
+def _numbers(call: Call) -> Tensor:
+    return torch.zeros(call.a.shape[0], P.NUMBER_COLUMNS, dtype=torch.float64, device=call.a.device)
+
+
+def _from_logarithms(call: Call, d_a: Tensor, d_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of masses from those of their logarithms, which UNROLLED gives."""
+    return tuple(torch.where(x == 0, 0.0, d / x) for d, x in ((d_a, call.a), (d_b, call.b)))
 
 
 def _run(
     call: Call,
     found: Potentials,
     arriving: Cotangents,
-    phase: int,
+    phases: int,
     numbers: Tensor,
     results: Optional[tuple[Optional[Tensor], Tensor, Tensor]],
 ) -> None:
@@ -127,18 +145,18 @@ def _run(
         job.d_a, job.d_b = turned(d_a, d_b)
         job.d_cost = d_cost.mT.contiguous() if flip and d_cost is not None else d_cost
     if not shared:
-        kernel(job, phase)
+        kernel(job, phases)
     elif call.domain == P.SCALING or (
         call.domain == P.AUTO and P.fits_scalings(cost[0], float(call.epsilons.min()))
     ):
-        shared_cost(job, phase, *(pick(op, call.a.device, call.backend)[1] for op in ("gibbs", "half_step")))
+        shared_cost(job, phases, *(pick(op, call.a.device, call.backend)[1] for op in ("gibbs", "half_step")))
     else:
-        _in_slabs(kernel, job, phase)
+        _in_slabs(kernel, job, phases)
     if results is not None and flip and results[0] is not None:
         results[0].copy_(job.d_cost.mT)
 
 
-def _in_slabs(kernel, job: P.SinkhornJob, phase: int) -> None:
+def _in_slabs(kernel, job: P.SinkhornJob, phases: int) -> None:
     """A shared cost problem by problem, its gradient summed."""
     cost = job.cost[0].contiguous().expand(job.cost.shape)
     step = max(1, _SLAB_ENTRIES // cost[0].numel())
@@ -150,10 +168,10 @@ def _in_slabs(kernel, job: P.SinkhornJob, phase: int) -> None:
             if isinstance(value, Tensor) and name not in ("cost", "epsilons", "d_cost")
         }
         slab = replace(job, cost=cost[part], **of_part)
-        if phase != P.SOLVE:
+        if phases != P.SOLVE:
             slab.d_cost = torch.zeros_like(
                 slab.cost, dtype=job.a.dtype, memory_format=torch.contiguous_format
             )
-        kernel(slab, phase)
+        kernel(slab, phases)
         if job.d_cost is not None and slab.d_cost is not None:
             job.d_cost += slab.d_cost.sum(0)

@@ -11,10 +11,10 @@ from kd_kernels.ops.schema import names
 
 # What both ops take, in the order in which autograd sees it.
 _CALL = """
-    Tensor cost, Tensor a, Tensor b, Tensor epsilons, Tensor tolerance, Tensor denominator,
-    int domain, bool columns_first, bool unrolled, bool plan, str? backend"""
+    Tensor cost, Tensor a, Tensor b, Tensor epsilons, Tensor tolerance, int domain,
+    bool columns_first, bool unrolled, bool plan, str? backend"""
 _ARGUMENTS = names(_CALL)
-_DIFFERENTIABLE, _TENSORS = 3, 6  # the first so many
+_DIFFERENTIABLE, _TENSORS = 3, 5  # the first so many
 _PHI, _PSI, _TRANSPORT, _VALUE, _PLAN, _NUMBERS, _PHI_HISTORY, _PSI_HISTORY = range(8)
 
 
@@ -28,7 +28,6 @@ def _unpack(call: dict) -> Call:
         call["domain"],
         call["columns_first"],
         call["backend"],
-        call["denominator"].item(),
     )
 
 
@@ -48,7 +47,7 @@ def _check_marginals(a: Tensor, b: Tensor) -> None:
         )
 
 
-def _check_outcome(call: Call, numbers: Tensor) -> None:
+def check_outcome(call: Call, numbers: Tensor) -> None:
     failed = ((numbers[:, P.STATUS] != P.SOLVED) | numbers[:, P.TRANSPORT].isnan()).nonzero()
     if not failed.numel():
         return
@@ -79,7 +78,6 @@ def _forward(*arguments):
         a, b: ``[B, n]`` and ``[B, m]`` float32, float64 for float64 costs.
         epsilons: float64 on CPU, one for each iteration at most.
         tolerance: 0-d float64 on CPU; 0: all iterations.
-        denominator: 0-d float64 on CPU: see :class:`kd_kernels.problems.SinkhornJob`.
         domain: index into :data:`kd_kernels.problems.DOMAINS`.
         columns_first: whether an iteration's first half-step is the columns'.
         unrolled: whether gradients go through the iterations.
@@ -96,7 +94,7 @@ def _forward(*arguments):
         _check_marginals(call.a, call.b)
     found, numbers = solve(call, history=values["unrolled"])
     if looks:
-        _check_outcome(call, numbers)
+        check_outcome(call, numbers)
     epsilon = float(call.epsilons[-1])
     value = epsilon * sum(
         torch.where(mass == 0, 0.0, mass.double() * (potential.double() - mass.double().log())).sum(1)
