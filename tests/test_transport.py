@@ -327,7 +327,8 @@ def test_nan_shows(call):
     assert CALLS[call](x, y).isnan()
 
 
-X, Y, C = normal(4, 3), normal(4, 3, seed=1), torch.rand(3, 3, dtype=torch.float64)
+X, Y = normal(4, 3), normal(4, 3, seed=1)
+C = torch.tensor([[0.1, 0.6, 0.2], [0.9, 0.1, 0.4], [0.3, 0.7, 0.1]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
