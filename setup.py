@@ -49,8 +49,10 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         built = Path(self.build_lib) / "kd_kernels" / CUDA_LIBRARY
+        target = ROOT / "kd_kernels" / CUDA_LIBRARY
+        target.unlink(missing_ok=True)  # an earlier build's is not this code's
         if built.exists():
-            shutil.copy2(built, ROOT / "kd_kernels" / CUDA_LIBRARY)
+            shutil.copy2(built, target)
 
 
 setup(ext_modules=[Extension("kd_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -31,11 +32,13 @@ import gpu_profile  # noqa: E402
 import gpu_transport  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
+from gpu_cuda import within  # noqa: E402
 from harness import Timed, run_rounds  # noqa: E402
 from record import Row, git_state, versions  # noqa: E402
 from workloads import Shape  # noqa: E402
 
 import kd_kernels as kd  # noqa: E402
+from kd_kernels import native_cuda  # noqa: E402
 
 # Most telling first: what the time does not reach is left out.
 HEAD_CASES = [
@@ -48,6 +51,7 @@ HEAD_CASES = [
 ]
 ROW_CASES = [Shape(4096, vocab) for vocab in (128256, 32000, 151936, 262144)]
 TOPK_SHAPE, TOPK_K = Shape(8192, 151936, 4096, 4096), 64
+FOR_THE_REST = 100.0  # seconds that the tests leave to what comes after them
 PER_CASE = 25.0  # seconds that a case may take: none is begun with less left
 
 
@@ -61,30 +65,35 @@ class Clock:
 
 
 def build(log: Path) -> Optional[str]:
-    """Compile the CPU part in place with what is installed; the reason where that cannot be done."""
+    """Compile the native parts in place with what is installed, CUDA's for this GPU; the reason where that
+    cannot be done. Without nvcc a CUDA library that was brought along stays."""
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q", "-e", str(ROOT)]
+    major, minor = torch.cuda.get_device_capability()
+    environment = {"KD_KERNELS_CUDA": "auto", "KD_KERNELS_CUDA_ARCHS": f"{major}{minor}", **os.environ}
+    library = native_cuda.LIBRARY
+    brought = library.read_bytes() if library.exists() and shutil.which("nvcc") is None else None
     with log.open("w") as out:
-        done = subprocess.run(pip, stdout=out, stderr=subprocess.STDOUT)
-    return None if done.returncode == 0 else f"the CPU part was not built, see {log.name}"
+        done = subprocess.run(pip, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    if brought is not None:
+        library.write_bytes(brought)
+    return None if done.returncode == 0 else f"the native parts were not built, see {log.name}"
 
 
 def tests(log: Path, seconds: float) -> str:
     """The last line that pytest says; the log names what failed as it fails, also where time runs out."""
-    files = ("tests/test_gpu.py", "tests/test_gpu_points.py")
+    # The quick ones first.
+    files = ("tests/test_waits.py", "tests/test_gpu_points.py", "tests/test_gpu.py")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "--tb=short", *files]
     if importlib.util.find_spec("xdist") is not None:  # most of the time is spent compiling
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     with log.open("w") as out:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=max(1.0, seconds)
-            )
-        except subprocess.TimeoutExpired:
+        returned = within(seconds, command, stdout=out, stderr=subprocess.STDOUT)
+        if returned is None:
             failed = re.findall(r"^.*FAILED.*::(.+)$|^.*::(.+) FAILED", log.read_text(), re.MULTILINE)
             failed = sorted({(first or second).strip() for first, second in failed})
             return f"stopped for lack of time; failed until then: {', '.join(failed) or 'none'}"
     lines = log.read_text().strip().splitlines()
-    return f"exit {done.returncode}: {lines[-1] if lines else 'no output'}"
+    return f"exit {returned}: {lines[-1] if lines else 'no output'}"
 
 
 def clocks() -> str:
@@ -154,6 +163,10 @@ def topk_times(rounds: int = 20) -> dict[str, object]:
     return times
 
 
+def write(out: Path, summary: dict[str, object]) -> None:
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,7 +189,7 @@ def main() -> int:
     if (reason := build(options.out / "build.log")) is not None:
         summary["build"] = reason
     if not options.no_tests:
-        summary["tests"] = tests(options.out / "tests.log", clock.left - PER_CASE)
+        summary["tests"] = tests(options.out / "tests.log", clock.left - FOR_THE_REST)
         print(f"pytest -m gpu: {summary['tests']}", flush=True)
     head: list[Row] = []
     rows: list[Row] = []
@@ -197,12 +210,14 @@ def main() -> int:
             summary[what] = section() if clock.left > PER_CASE else "no time left"
         except Exception as error:
             left_out.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0][:300])
+    summary["left out"] = left_out
+    write(options.out, summary)  # should what follows be stopped from outside
     try:
         summary["cuda"] = gpu_cuda.check(options.out, lambda: clock.left)
     except Exception as error:
         summary["cuda"] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    summary["left out"], summary["clocks after"] = left_out, clocks()
-    (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary["clocks after"] = clocks()
+    write(options.out, summary)
     if head:
         print(report.head_text(head))
     if rows:

@@ -45,6 +45,10 @@ bool describe(const Report& report, int device, Device& found) {
       !KD_GOOD(cudaDeviceGetAttribute(&of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) ||
       !KD_GOOD(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device)))
     return false;
+  // What was compiled for an older GPU, and for this one by the driver, has no clusters.
+  cudaFuncAttributes attributes;
+  if (!KD_GOOD(cudaFuncGetAttributes(&attributes, kernel_Float32_student(Objective::forward_kl, false)))) return false;
+  if (attributes.ptxVersion / 10 < found.major) found.major = attributes.ptxVersion / 10;
   found.shared_bytes = shared;
   found.shared_of_all = of_all;
   found.shared_reserved = reserved;
@@ -100,8 +104,13 @@ class Launch {
       return false;
     config_.gridDim = dim3(static_cast<unsigned>(cut_.ranks));
     int clusters = 0;
-    if (!KD_GOOD(cudaOccupancyMaxActiveClusters(&clusters, function_, &config_))) return false;
-    possible = clusters > 0;
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, function_, &config_);
+    if (status == cudaErrorInvalidClusterSize || status == cudaErrorInvalidConfiguration) {
+      cudaGetLastError();  // or the next call would report it
+    } else if (!report.good(status, "cudaOccupancyMaxActiveClusters")) {
+      return false;
+    }
+    possible = status == cudaSuccess && clusters > 0;
     return true;
   }
 

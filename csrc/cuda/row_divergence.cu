@@ -24,8 +24,12 @@ template <class S, class Functor, bool kTeacher, bool kHeld>
 __global__ void __launch_bounds__(kThreads, (kLeastBlocks<S, Functor>)) row_kernel(const __grid_constant__ Work work) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   row_divergence<S, Functor, kTeacher>(DeviceThread(), work, kHeld);
-#else  // geometry.h holds rows on sm_90 and later only
-  if constexpr (!kHeld) row_divergence<S, Functor, kTeacher>(DeviceThread(), work, kHeld);
+#else  // geometry.h holds rows on sm_90 and later only, by what the library was compiled for
+  if constexpr (kHeld) {
+    __trap();
+  } else {
+    row_divergence<S, Functor, kTeacher>(DeviceThread(), work, kHeld);
+  }
 #endif
 }
 
