@@ -1,6 +1,6 @@
 """Which backend serves which op, and why one cannot serve a call.
 
-``backend=None`` takes the first of :data:`ORDER` without an objection. A backend named by the caller
+``backend=None`` takes the first of :data:`TABLE` without an objection. A backend named by the caller
 serves the call or raises with its reasons: nothing falls back silently.
 """
 
@@ -32,7 +32,12 @@ class BackendUnavailable(RuntimeError):
     """A backend was named that cannot serve the call, or none can; the message holds the reasons."""
 
 
-def _cpu_objections(device: torch.device) -> list[str]:
+# Why a backend cannot serve a device, and, where its kernel has a limit, a call of this size.
+Objections = Callable[..., list[str]]
+Offer = tuple[Optional[RowKernel], Objections]
+
+
+def _cpu_objections(device: torch.device, **size: int) -> list[str]:
     reasons = []
     if device.type != "cpu":
         reasons.append(f"serves CPU tensors, got {device}")
@@ -41,74 +46,50 @@ def _cpu_objections(device: torch.device) -> list[str]:
     return reasons
 
 
-def _not_built(device: torch.device) -> list[str]:
+def _not_built(device: torch.device, **size: int) -> list[str]:
     return ["not part of this release"]
 
 
-# op -> backend -> (kernel, objections); in the order in which they are tried.
-TABLE: dict[str, dict[str, tuple[Optional[RowKernel], Callable[[torch.device], list[str]]]]] = {
-    "row_divergence": {
-        "cpu": (native.row_divergence, _cpu_objections),
-        "triton": (triton_runtime.row_divergence, triton_runtime.why_not),
-        "cuda": (native_cuda.row_divergence, native_cuda.why_not),
-        "reference": (reference_row_divergence, lambda device: []),
-    },
-    "gather": {
-        "cpu": (native.gather, _cpu_objections),
-        "triton": (triton_runtime.gather, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_gather, lambda device: []),
-    },
-    "sorted_l1": {
-        "cpu": (native.sorted_l1, _cpu_objections),
-        # torch.sort is the well-kept sort of a GPU.
-        "triton": (reference_sorted_l1, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_sorted_l1, lambda device: []),
-    },
-    "topk": {
-        "cpu": (native.topk, _cpu_objections),
-        "triton": (triton_runtime.topk, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_topk, lambda device: []),
-    },
-    "angle": {
-        "cpu": (native.angle, _cpu_objections),
-        "triton": (triton_runtime.angle, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_angle, lambda device: []),
-    },
-    "distance": {
-        "cpu": (native.distance, _cpu_objections),
-        "triton": (triton_runtime.distance, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_distance, lambda device: []),
-    },
-    "pairwise_l1": {
-        "cpu": (native.pairwise_l1, _cpu_objections),
-        "triton": (triton_transport.pairwise_l1, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_pairwise_l1, lambda device: []),
-    },
-    "gibbs": {
-        "cpu": (native.gibbs, _cpu_objections),
-        # Once a call and entry by entry: torch's own.
-        "triton": (reference_gibbs, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_gibbs, lambda device: []),
-    },
-    "half_step": {
-        "cpu": (native.half_step, _cpu_objections),
-        "triton": (triton_transport.half_step, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_half_step, lambda device: []),
-    },
-    "sinkhorn": {
-        "cpu": (native.sinkhorn, _cpu_objections),
-        "triton": (triton_transport.sinkhorn, triton_runtime.why_not),
-        "cuda": (None, _not_built),
-        "reference": (reference_sinkhorn, lambda device: []),
-    },
+def _none(device: torch.device, **size: int) -> list[str]:
+    return []
+
+
+def _offers(
+    cpu: RowKernel,
+    triton: RowKernel,
+    reference: RowKernel,
+    cuda: Optional[RowKernel] = None,
+    triton_objections: Objections = triton_runtime.why_not,
+) -> dict[str, Offer]:
+    """By backend, in the order in which they are tried."""
+    return {
+        "cpu": (cpu, _cpu_objections),
+        "triton": (triton, triton_objections),
+        "cuda": (cuda, native_cuda.why_not if cuda is not None else _not_built),
+        "reference": (reference, _none),
+    }
+
+
+TABLE: dict[str, dict[str, Offer]] = {
+    "row_divergence": _offers(
+        native.row_divergence,
+        triton_runtime.row_divergence,
+        reference_row_divergence,
+        native_cuda.row_divergence,
+    ),
+    "gather": _offers(native.gather, triton_runtime.gather, reference_gather),
+    # torch.sort is the well-kept sort of a GPU.
+    "sorted_l1": _offers(native.sorted_l1, reference_sorted_l1, reference_sorted_l1),
+    "topk": _offers(
+        native.topk, triton_runtime.topk, reference_topk, triton_objections=triton_runtime.why_not_topk
+    ),
+    "angle": _offers(native.angle, triton_runtime.angle, reference_angle),
+    "distance": _offers(native.distance, triton_runtime.distance, reference_distance),
+    "pairwise_l1": _offers(native.pairwise_l1, triton_transport.pairwise_l1, reference_pairwise_l1),
+    # Once a call and entry by entry: torch's own on a GPU.
+    "gibbs": _offers(native.gibbs, reference_gibbs, reference_gibbs),
+    "half_step": _offers(native.half_step, triton_transport.half_step, reference_half_step),
+    "sinkhorn": _offers(native.sinkhorn, triton_transport.sinkhorn, reference_sinkhorn),
 }
 
 # Backends that take the vocabulary-major layout too; the others read rows along the vocabulary.
@@ -131,8 +112,8 @@ def _warn_slow(refused: list[str]) -> None:
     )
 
 
-def pick(op: str, device: torch.device, backend: Optional[str]) -> tuple[str, RowKernel]:
-    """(name, kernel) of the backend that serves ``op`` on ``device``.
+def pick(op: str, device: torch.device, backend: Optional[str], **size: int) -> tuple[str, RowKernel]:
+    """(name, kernel) of the backend that serves ``op`` on ``device``, for a call of ``size``.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -144,7 +125,7 @@ def pick(op: str, device: torch.device, backend: Optional[str]) -> tuple[str, Ro
     refused = []
     for name in [backend] if backend else offers:
         kernel, objections = offers[name]
-        reasons = objections(device)
+        reasons = objections(device, **size)
         if backend is None and name == "triton" and device.type == "cpu":
             reasons = reasons or ["interpreted only when named"]
         if backend is None and name == "cuda":

@@ -28,7 +28,8 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def uniforms(seed: Tensor, tokens: Tensor, slots: int) -> Tensor:
-    """``[n, slots]`` float64 in [0, 1), 53 bits, for a 0-d int64 ``seed`` and ``[n]`` int64 ``tokens``."""
+    """``[n, slots]`` float64 in [0, 1), 53 bits, for a 0-d int64 ``seed``, there or on the host, and ``[n]``
+    int64 ``tokens``."""
     slot = torch.arange(1, slots + 1, device=tokens.device)
-    key = _mixed(_mixed(seed.to(tokens.device) + _GOLDEN) + tokens * _GOLDEN)
+    key = _mixed(_mixed(seed + _GOLDEN) + tokens * _GOLDEN)
     return _shifted(_mixed(key[:, None] + slot * _GOLDEN), 11).to(torch.float64) * 2.0**-53

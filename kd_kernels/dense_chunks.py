@@ -22,7 +22,7 @@ from kd_kernels.sources import Head, Logits, Source
 _COPIES = 8
 
 
-def chunk_rows(values: Tensor, vocab: int, dtype: torch.dtype, workspace_bytes: Optional[int]) -> int:
+def rows_that_fit(values: Tensor, vocab: int, dtype: torch.dtype, workspace_bytes: Optional[int]) -> int:
     """Tokens, one at least, the work on whose ``vocab`` logits fits the workspace."""
     budget = default_workspace(values.device) if workspace_bytes is None else workspace_bytes
     return max(1, budget // (_COPIES * vocab * dtype.itemsize))
@@ -33,7 +33,7 @@ def chunks_of(
 ) -> tuple[Tensor, ...]:
     """``values`` ``[N, ...]`` in chunks of tokens; an empty one where there are none: even then there is a
     gradient."""
-    return values.split(chunk_rows(values, vocab, dtype, workspace_bytes))
+    return values.split(rows_that_fit(values, vocab, dtype, workspace_bytes))
 
 
 def chunk_logits(source: Source, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -161,7 +161,8 @@ def distill(
     if sparse:
         t_t = t_t / teacher.temperature  # what is recorded has that in it
     weight = None if token_weight is None else per_token("token_weight", token_weight, lead, device)
-    p0, p1 = (per_token("objective's weight", x, lead, device) for x in objective.parameters())
+    called = [f"{type(objective).__name__}'s {name}" for name in objective.parameter_names]
+    p0, p1 = (per_token(name, x, lead, device) for name, x in zip((*called, "", ""), objective.parameters()))
 
     unreduced = reduction == "none"
     tensors = (*student.tensors(), *teacher.tensors())
@@ -247,10 +248,16 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
     Returns:
         ``[..., T]``, a new tensor.
+
+    Raises:
+        ValueError, TypeError: labels that are no integers, or of a type that cannot hold ``ignore_index``.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.dim() < 1:
         raise ValueError("labels must be [..., T], got a 0-d tensor")
-    if labels.dtype.is_floating_point or not torch.iinfo(labels.dtype).min <= ignore_index:
+    whole = not labels.dtype.is_floating_point and not labels.dtype.is_complex and labels.dtype != torch.bool
+    if not whole or not torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
         raise TypeError(f"labels must be integers that can hold {ignore_index}, got {labels.dtype}")
     shifted = torch.full_like(labels, ignore_index)
     shifted[..., :-1] = labels[..., 1:]

@@ -9,7 +9,7 @@ class carries its parameters, its formula and where the formula comes from; the 
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Optional, Union
 
 import torch
@@ -25,6 +25,7 @@ class Objective:
     formula: ClassVar[str]
     source: ClassVar[str]
     top_k: ClassVar[Optional[int]] = None
+    parameter_names: ClassVar[tuple[str, ...]] = ()  # what the caller knows ``parameters`` as
 
     def parameters(self) -> tuple[Weight, Weight]:
         """The two numbers (or ``[tokens]`` tensors) that the row kernels receive."""
@@ -39,7 +40,7 @@ class Objective:
         if not torch.compiler.is_compiling():
             first = self.parameters()[0]
             if self.name != "weighted_kl" and not isinstance(first, numbers.Real):
-                name = fields(self)[0].name
+                name = self.parameter_names[0]
                 raise TypeError(f"{type(self).__name__}: {name} must be a number, got {type(first).__name__}")
             self.check(first)
 
@@ -81,6 +82,7 @@ class JensenShannon(Objective):
     name: ClassVar[str] = "jensen_shannon"
     formula: ClassVar[str] = "beta KL(p || m) + (1-beta) KL(q || m), m = beta p + (1-beta) q"
     source: ClassVar[str] = "Agarwal et al. 2024 (GKD)"
+    parameter_names: ClassVar[tuple[str, ...]] = ("beta",)
     beta: float = 0.5
 
     @staticmethod
@@ -102,6 +104,7 @@ class SkewKL(Objective):
     name: ClassVar[str] = "skew_kl"
     formula: ClassVar[str] = "KL(p || alpha p + (1-alpha) q)"
     source: ClassVar[str] = "Ko et al. 2024 (DistiLLM)"
+    parameter_names: ClassVar[tuple[str, ...]] = ("alpha",)
     alpha: float = 0.1
 
     @staticmethod
@@ -125,6 +128,7 @@ class SkewReverseKL(Objective):
     name: ClassVar[str] = "skew_reverse_kl"
     formula: ClassVar[str] = "KL(q || (1-alpha) p + alpha q)"
     source: ClassVar[str] = "Ko et al. 2024 (DistiLLM)"
+    parameter_names: ClassVar[tuple[str, ...]] = ("alpha",)
     alpha: float = 0.1
 
     @staticmethod
@@ -160,6 +164,7 @@ class WeightedKL(Objective):
     name: ClassVar[str] = "weighted_kl"
     formula: ClassVar[str] = "forward KL(p || q) + reverse KL(q || p)"
     source: ClassVar[str] = "Jeffreys 1946; Amara et al. 2022 (BD-KD)"
+    parameter_names: ClassVar[tuple[str, ...]] = ("forward", "reverse")
     forward: Weight = 1.0
     reverse: Weight = 1.0
 
@@ -196,6 +201,7 @@ class SortedWasserstein(Objective):
     formula: ClassVar[str] = "sum_k |p_(k) - q_(k)|"
     source: ClassVar[str] = "Boizard et al. 2024 (ULD)"
     top_k: Optional[int] = None
+    parameter_names: ClassVar[tuple[str, ...]] = ("student_log_mass", "teacher_log_mass")
     student_log_mass: Weight = 0.0
     teacher_log_mass: Weight = 0.0
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_kernels.arguments import autocast_dtype
-from kd_kernels.dense_chunks import chunk_logits, chunk_rows
+from kd_kernels.dense_chunks import chunk_logits, rows_that_fit
 from kd_kernels.sources import Head, Source
 
 _LEAST_SPREAD = 1e-4  # added to a token's standard deviation, as published
@@ -59,7 +59,7 @@ class Standardised:
         self.vocab = source.vocab_size
         self.existing = not isinstance(source, Head)
         self.block = max(1, _BLOCK // self.vocab) if values.device.type == "cpu" else len(picked)
-        self.rows = chunk_rows(values, self.vocab, dtype, workspace_bytes)
+        self.rows = rows_that_fit(values, self.vocab, dtype, workspace_bytes)
         if self.existing:  # heads want many rows for their products
             self.rows = max(1, min(self.rows, self.block))
         self.statistics = values.new_empty(len(picked), _STATISTICS, dtype=dtype)

@@ -120,7 +120,8 @@ def linear_topk(
 
     Args:
         source: :class:`Head`, :class:`Logits` or a tensor of logits; leading dimensions are tokens.
-        k: how many to keep, 0 to the size of the vocabulary.
+        k: how many to keep, 0 to the size of the vocabulary; Triton's kernel keeps 1024 at most, and more are
+            left to the slower ``"reference"``.
         temperature: > 0; or a sequence of them, at each of which lse, entropy and tail are wanted. Draws are
             made at the first.
         targets: integer, leading shape: tokens whose log-probability and rank are wanted.
@@ -162,6 +163,7 @@ def linear_topk(
     else:
         raise TypeError(f"seed must be an int or None, got {seed!r}")
     ids, values, statistics, target_values, ranks, draws = _call(
+        "linear_topk",
         source,
         flat,
         temperatures,
@@ -182,7 +184,9 @@ def linear_topk(
 
     logprob = rank = None
     if targets is not None:
-        logprob = target_values / temperatures.to(device) - statistics[:, 1 + R.TOPK_LSE :: 3]
+        # By numbers on the host, which are not copied: nothing waits for the device.
+        scaled = torch.cat([target_values / t for t in temperatures.unbind()], 1)
+        logprob = scaled - statistics[:, 1 + R.TOPK_LSE :: 3]
         logprob = torch.where(flat < 0, 0.0, logprob).reshape(*lead, len(temperatures)).to(dtype)
         logprob = logprob if many else logprob[..., 0]
         rank = torch.where(_undefined(statistics), 0, ranks).reshape(lead)
@@ -237,7 +241,9 @@ def linear_rank(
     lead, device = source.leading_shape, source.tensors()[0].device
     flat = flat_ids("ids", ids, ignore_index, lead, device)
     seed, one = torch.zeros((), dtype=torch.int64, device="cpu"), number(1.0)[None]
-    found = _call(source, flat, one, seed, 0, 0, ignore_index, backend, logits_dtype, workspace_bytes)
+    found = _call(
+        "linear_rank", source, flat, one, seed, 0, 0, ignore_index, backend, logits_dtype, workspace_bytes
+    )
     _, _, statistics, values, ranks, _ = found
     ranks = torch.where(_undefined(statistics), 0, ranks)
     member = None
@@ -247,6 +253,7 @@ def linear_rank(
 
 
 def _call(
+    function: str,
     source: Source,
     targets: Tensor,
     temperatures: Tensor,
@@ -258,7 +265,7 @@ def _call(
     logits_dtype: Optional[torch.dtype],
     workspace_bytes: Optional[int],
 ) -> tuple[Tensor, ...]:
-    refuse_transforms("kd_kernels.linear_topk", *source.tensors())
+    refuse_transforms(f"kd_kernels.{function}", *source.tensors())
     check_source("source", source, source.tensors()[0].device)
     check_resources(ignore_index, backend, workspace_bytes, logits_dtype)
     return _op(

@@ -55,7 +55,7 @@ def row_tile(block: int, wide: bool) -> dict[str, int]:
 
 
 # Of a thread at most: two programs of 8 warps share a multiprocessor. What would spill takes more.
-REGISTERS, MANY_REGISTERS = 128, 160
+REGISTERS, MANY_REGISTERS, MOST_REGISTERS = 128, 160, 255
 
 
 def row_registers(objective: str, labels: bool, teacher_grad: bool) -> int:
@@ -64,7 +64,12 @@ def row_registers(objective: str, labels: bool, teacher_grad: bool) -> int:
 
 
 def topk_registers(k: int, wide: bool) -> int:
+    if k > 512 and wide:
+        return MOST_REGISTERS
     return MANY_REGISTERS if k > 512 or wide else REGISTERS
+
+
+_ALL_REGISTERS = 65536  # of a multiprocessor
 
 
 def options(num_warps: int, hip: bool = torch.version.hip is not None, registers: int = REGISTERS) -> dict:
@@ -76,7 +81,9 @@ def options(num_warps: int, hip: bool = torch.version.hip is not None, registers
         # gradient stored over the logits would meet the late ones.
         chosen["num_warps"] = max(1, num_warps // 2)
     else:
-        chosen["maxnreg"] = registers  # without a word ptxas spills a few numbers for the sake of occupancy
+        # Without a word ptxas spills a few numbers for the sake of occupancy; with one it forgets that all
+        # threads of a block share a multiprocessor's registers, and the block cannot be launched.
+        chosen["maxnreg"] = min(registers, _ALL_REGISTERS // (32 * num_warps))
     return chosen
 
 
@@ -134,6 +141,14 @@ def why_not(device: torch.device) -> list[str]:
     if device.type == "cpu" and not type(kernel).__name__.startswith("Interpreted"):
         return ["TRITON_INTERPRET was set after the kernels had been loaded; set it before"]
     return []
+
+
+def why_not_topk(device: torch.device, k: int = 0) -> list[str]:
+    """The same of the topk kernel, for the ``k`` largest."""
+    reasons = why_not(device)
+    if k > _MOST_ENTRIES:
+        reasons = [*reasons, f"keeps {_MOST_ENTRIES} entries of a row at most, {k} are wanted"]
+    return reasons
 
 
 def split(value: float) -> tuple[float, float]:
@@ -264,9 +279,10 @@ def topk_configuration(vocab: int, k: int, temperatures: int, wide: bool) -> tup
     if kept == block:  # a block must leave room beside what is kept, or every newcomer makes a cut
         block //= 2
     capacity = 2 * max(block, kept)
-    # Eight candidates a thread (in float64 four): more spill.
+    # Eight candidates a thread (in float64 four): more spill. Many in float64 are eight a thread too, for
+    # which 8 warps have the registers that 16 have not.
     threads = capacity // (4 if wide else 8)
-    return Configuration(block, min(max(num_warps, threads // 32), 16)), capacity
+    return Configuration(block, min(max(num_warps, threads // 32), 8 if wide else 16)), capacity
 
 
 def topk_constants(
@@ -292,16 +308,8 @@ def topk_constants(
 
 
 def topk(job: TopkJob) -> None:
-    """:func:`kd_kernels.reference.topk` in Triton, one program a row; row-major only.
-
-    Raises:
-        ValueError: k > 1024.
-    """
-    if job.ids.shape[1] > _MOST_ENTRIES:
-        raise ValueError(
-            f"k must be at most {_MOST_ENTRIES} on the triton backend, got {job.ids.shape[1]}; "
-            f'backend="reference" takes any'
-        )
+    """:func:`kd_kernels.reference.topk` in Triton, one program a row; row-major only, ``k`` that
+    :func:`why_not_topk` does not object to."""
     if job.n == 0:
         return
     module = kernels().topk

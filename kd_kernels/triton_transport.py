@@ -15,6 +15,7 @@ from kd_kernels.reference.sinkhorn import sinkhorn as reference_sinkhorn
 from kd_kernels.rows import GRADIENT, TERMS, PairwiseL1Job
 from kd_kernels.triton_runtime import (
     ALIGNMENT,
+    MOST_REGISTERS,
     aligned,
     configuration,
     kernels,
@@ -27,7 +28,7 @@ from kd_kernels.triton_runtime import (
 )
 
 _SINKHORN_MOST_COLUMNS = 4096  # a tile holds whole rows
-SINKHORN_REGISTERS = 255  # a problem has a multiprocessor for itself
+SINKHORN_REGISTERS = MOST_REGISTERS  # a problem has a multiprocessor for itself
 
 
 def sinkhorn_tile(rows: int, columns: int, wide: bool) -> tuple[dict[str, int], int]:
@@ -142,7 +143,7 @@ def half_step_tile(wide: bool) -> dict[str, int]:
 
 
 HALF_STEP_WARPS = 4
-HALF_STEP_REGISTERS = 255  # there are fewer programs than multiprocessors
+HALF_STEP_REGISTERS = MOST_REGISTERS  # there are fewer programs than multiprocessors
 # With more problems a half-step is a product like any other, the library's business; from how many on has not
 # been measured.
 _HALF_STEP_MOST_PROBLEMS = 64

@@ -84,6 +84,14 @@ def test_all_others_compile_without_spills(target, kernel, compiled):
     check(target, compiled(target, kernel, False))
 
 
+@pytest.mark.parametrize("registers", [runtime.REGISTERS, runtime.MANY_REGISTERS, runtime.MOST_REGISTERS])
+def test_a_block_never_asks_for_more_registers_than_there_are(registers):
+    """Or the compiler is content and the launch fails: seen with 16 warps of 160."""
+    for num_warps in (1, 2, 4, 8, 16, 32):
+        most = runtime.options(num_warps, hip=False, registers=registers)["maxnreg"]
+        assert most <= registers and most * 32 * num_warps <= 65536
+
+
 def test_what_is_compiled_at_once_has_every_kernel_dtype_and_size_for_every_target():
     listed = subprocess.run([*SCRIPT, "--list"], capture_output=True, text=True, env=ENVIRONMENT)
     assert listed.returncode == 0, listed.stderr[-2000:]

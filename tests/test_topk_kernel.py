@@ -6,8 +6,10 @@ from cases import DTYPES
 from jobs import SPREAD, backends_of, kernel_of, moved, side, topk_job
 from jobs import widened as wide_job
 
+import kd_kernels as kd
 from kd_kernels import rows as R
 from kd_kernels import triton_runtime as runtime
+from kd_kernels.backends import TABLE
 from kd_kernels.reference.topk import topk as reference
 
 BACKENDS = backends_of("topk")
@@ -242,6 +244,20 @@ def test_the_buffer_of_candidates_always_has_room():
                 assert capacity & (capacity - 1) == 0
 
 
-def test_triton_says_how_many_it_takes():
-    with pytest.raises(ValueError, match="k must be at most 1024 on the triton backend, got 1025"):
-        runtime.topk(topk_job(side(logits(vocab=2000), torch.float32), 2000, 1025))
+@pytest.mark.parametrize("call", ["linear_topk", "sorted"])
+def test_triton_says_how_many_it_takes(call):
+    z = torch.randn(2, 2000)
+
+    def run(backend):
+        if call == "linear_topk":
+            return kd.linear_topk(z, 1025, backend=backend).logits
+        return kd.distill(z, z.flip(0), kd.SortedWasserstein(top_k=1025), backend=backend)
+
+    with pytest.raises(
+        kd.BackendUnavailable, match="triton: keeps 1024 entries of a row at most, 1025 are wanted"
+    ):
+        run("triton")
+    assert torch.equal(run(None), run("cpu"))
+    gpu = torch.device("cuda")
+    serves = [objections(gpu, k=1025) for _, objections in TABLE["topk"].values()]
+    assert serves[-1] == [] and all(serves[:-1]), "the reference, and nobody before it"

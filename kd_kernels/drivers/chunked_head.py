@@ -21,7 +21,7 @@ from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, RowKernel, pick
 from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, Number, side_of
 from kd_kernels.drivers.sorted_l1 import RankedSide, exact_divergence, topk_divergence
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
-from kd_kernels.drivers.tokens import spread
+from kd_kernels.drivers.tokens import of_tokens, spread
 from kd_kernels.drivers.workspace import borrow, footprint
 from kd_kernels.reference.sorted_l1 import WORKING_BYTES
 
@@ -94,10 +94,7 @@ class Problem:
         it is one number on the host, just that: what is computed with it launches nothing."""
         if isinstance(value, float):
             return value
-        value = value.to(self.student.values.device, torch.float64).reshape(-1).expand(self.tokens)
-        if self.kept is not None:
-            value = torch.where(self.kept, value, silenced)
-        return (value if self.rows is None else value[self.rows]).contiguous()
+        return of_tokens(value, self.student.values.device, self.tokens, self.rows, self.kept, silenced)
 
     def per_token(self, value: Number, silenced: float = 0.0) -> Tensor:
         """``[n]`` of what :meth:`walked_values` gave, to be read only: one tensor serves equal numbers."""
@@ -265,7 +262,7 @@ def _sorted_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKern
         # One that overwrites logits would spoil what is to be sorted.
         gather = pick("gather", device, "reference" if name in OVERWRITES else name)[1]
         return name, functools.partial(exact_divergence, teacher_vocab=vocab, gather=gather, sorted_l1=kernel)
-    name, topk = pick("topk", device, problem.backend)
+    name, topk = pick("topk", device, problem.backend, k=problem.top_k)
     return name, functools.partial(
         topk_divergence,
         teacher_vocab=vocab,

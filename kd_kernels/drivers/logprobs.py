@@ -15,7 +15,7 @@ from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, cut, power_of_two
 from kd_kernels.drivers.gathered import Gathered, new_job
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.sides import Model, side_of
-from kd_kernels.drivers.tokens import spread
+from kd_kernels.drivers.tokens import of_tokens, spread
 from kd_kernels.drivers.workspace import borrow
 
 
@@ -63,10 +63,7 @@ def walk_logprobs(
     ids = problem.walked(problem.ids)
     n = ids.shape[0]
     selection = Selection(ids, vocab)
-    temperature = problem.walked(model.temperature.to(device, torch.float64).reshape(-1).expand(tokens))
-    if problem.kept is not None:
-        temperature = torch.where(problem.kept, temperature, 1.0)
-    temperature = temperature.contiguous()
+    temperature = of_tokens(model.temperature, device, tokens, problem.rows, problem.kept, 1.0)
     g = g_entropy = None
     factor = torch.ones((), dtype=torch.float64, device=device)
     if upstream is not None:

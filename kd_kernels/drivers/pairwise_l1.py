@@ -21,6 +21,7 @@ from kd_kernels.backends import PAIRWISE_L1_SCRATCH, pick
 from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, default_workspace, power_of_two
 from kd_kernels.drivers.gathered import new_job
 from kd_kernels.drivers.sides import LogitsSide, Model, accumulate_dtype
+from kd_kernels.drivers.tokens import of_tokens
 from kd_kernels.drivers.workspace import Workspace, borrow, footprint
 from kd_kernels.gemm import as_matrix, matmul
 
@@ -51,11 +52,9 @@ class PairwiseProblem:
 
     def walked(self, per_token: Tensor, silenced: float = 1.0) -> Tensor:
         """0-d or ``[N]`` to ``[n]`` float64 on the device."""
-        device = self.student.values.device
-        value = per_token.to(device, torch.float64).reshape(-1).expand(self.student.values.shape[:-1].numel())
-        if self.kept is not None:
-            value = torch.where(self.kept, value, silenced)
-        return (value if self.rows is None else value[self.rows]).contiguous()
+        values = self.student.values
+        tokens = values.shape[:-1].numel()
+        return of_tokens(per_token, values.device, tokens, self.rows, self.kept, silenced)
 
     def packed(self, padded: Tensor) -> Tensor:
         """``[G, L, ...]`` to ``[n, ...]``."""
@@ -72,7 +71,7 @@ class PairwiseProblem:
 
     def starts(self) -> Tensor:
         if self.rows is None:
-            return torch.tensor([0, self.n], device=self.members.device)
+            return torch.arange(2, device=self.members.device) * self.n  # not copied: nothing waits
         return torch.nn.functional.pad((self.members >= 0).sum(1).cumsum(0), (1, 0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional, Union
 
@@ -186,7 +187,7 @@ class LogitsSide:
         tokens = offsets.numel()
         if copy:
             token = torch.arange(tokens, device=values.device) if rows is None else rows
-            self.place = torch.unravel_index(token, values.shape[:-1]) if values.dim() > 1 else ()
+            self.place = _unravelled(token, values.shape[:-1])
         self.offsets = offsets if rows is None else offsets[rows]
         self.grad: Optional[Tensor] = None
         self.grad_offsets: Optional[Tensor] = None
@@ -196,10 +197,6 @@ class LogitsSide:
             self.grad = make(values.shape, dtype=values.dtype, device=values.device)
             grad_offsets = offsets if values.is_contiguous() else _row_offsets(self.grad)
             self.grad_offsets = grad_offsets if rows is None else grad_offsets[rows]
-
-    @property
-    def wants_gradient(self) -> bool:
-        return self.grad is not None
 
     def buffer_itemsizes(self) -> list[int]:
         return [self.values.itemsize] if self.copy else []
@@ -251,6 +248,15 @@ def _common_divisor(values: Tensor) -> int:
     """Of all row offsets; 0, which everything divides, where there is one row."""
     leading = zip(values.shape[:-1], values.stride()[:-1])
     return math.gcd(*(stride for size, stride in leading if size > 1))
+
+
+def _unravelled(token: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """As ``torch.unravel_index``, which copies the shape to the device and so waits for it."""
+    place: list[Tensor] = []
+    for size in reversed(shape):
+        place.insert(0, token % size)
+        token = token // size
+    return tuple(place)
 
 
 def _row_offsets(values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ def check_temperatures(name: str, values: Number) -> None:
         wrong = values[~((values >= 1e-30) & (values <= 1e30))].tolist()
     if wrong:
         raise ValueError(f"{name} must be finite and > 0, got {wrong[0]}")
+
+
+def check_temperatures_of(name: str, values: Tensor, index: Optional[Tensor], looks: bool) -> None:
+    """The same of one per token, ``index`` picking those that count, or of a number. What is on the host is
+    always looked at; what is not, where ``looks`` allows it."""
+    number = values.dim() == 0
+    if looks or (number and values.device.type == "cpu"):
+        check_temperatures(name, values if number or index is None else values[index])
 
 
 def check_finite(name: str, values: Number) -> None:

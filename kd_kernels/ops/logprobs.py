@@ -7,7 +7,7 @@ from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
 from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model, result_dtype
 from kd_kernels.drivers.tokens import counted
-from kd_kernels.ops.checks import check_range, check_temperatures, checks_values
+from kd_kernels.ops.checks import check_range, check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
@@ -46,15 +46,12 @@ def _unpack(call: dict, gradients: bool) -> LogprobProblem:
 
 
 def _check_values(problem: LogprobProblem) -> None:
-    if not checks_values(problem.ids.device) or problem.ids.numel() == 0:
-        return
-    unused = ", or -1 or ignore_index (-100 unless given)"
-    check_range("ids", problem.ids, problem.model.vocab_size, -1, otherwise=unused)
+    looks = checks_values(problem.ids.device)
+    if looks:
+        unused = ", or -1 or ignore_index (-100 unless given)"
+        check_range("ids", problem.ids, problem.model.vocab_size, -1, otherwise=unused)
     index = problem.rows if problem.kept is None else problem.kept
-    temperature = problem.model.temperature
-    check_temperatures(
-        "temperature", temperature if index is None or not temperature.dim() else temperature[index]
-    )
+    check_temperatures_of("temperature", problem.model.temperature, index, looks)
 
 
 def _forward(*arguments):

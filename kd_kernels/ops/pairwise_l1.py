@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd_kernels.drivers.pairwise_l1 import Distances, PairwiseProblem, carry_back, measure
 from kd_kernels.drivers.sides import Model
-from kd_kernels.ops.checks import check_temperatures, checks_values
+from kd_kernels.ops.checks import check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
@@ -48,9 +48,10 @@ def _unpack(call: dict, gradients: bool) -> PairwiseProblem:
 
 
 def _check_values(problem: PairwiseProblem) -> None:
-    if checks_values(problem.members.device) and problem.n > 0:
-        check_temperatures("temperature", problem.walked(problem.student.temperature))
-        check_temperatures("teacher_temperature", problem.walked(problem.teacher.temperature))
+    looks = checks_values(problem.members.device)
+    index = problem.rows if problem.kept is None else problem.kept
+    check_temperatures_of("temperature", problem.student.temperature, index, looks)
+    check_temperatures_of("teacher_temperature", problem.teacher.temperature, index, looks)
 
 
 def _forward(*arguments):
@@ -134,7 +135,7 @@ def _backward(ctx, d_cost, d_signs, d_statistics):
 
 
 def _double_backward(ctx, *gradients):
-    raise RuntimeError("kd_kernels.pairwise_l1: double backward is not implemented")
+    raise RuntimeError("kd_kernels.distill: double backward is not implemented")
 
 
 pairwise_l1_op.register_autograd(_backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gradient_dtype, result_dtype
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import counted
-from kd_kernels.objectives import CATALOGUE
+from kd_kernels.objectives import CATALOGUE, SortedWasserstein
 from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temperatures, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -60,12 +60,13 @@ def _check_values(problem: Problem, call: dict) -> None:
     if not looks:
         return
     scalars = call["scalars"].tolist()
+    objective = CATALOGUE.get(call["objective"], SortedWasserstein)
+    called = (f"{objective.__name__}'s {name}" for name in objective.parameter_names)
     for name, value in (
         ("token_weight", call["token_weight"]),
         ("soft_weight", scalars[_SOFT]),
         ("hard_weight", scalars[_HARD]),
-        ("objective's first parameter", problem.parameter0),
-        ("objective's second parameter", problem.parameter1),
+        *zip(called, (problem.parameter0, problem.parameter1)),
     ):
         if value is not None:
             check_finite(name, of_counted(value))
