@@ -36,7 +36,7 @@ class AlignedSide:
 
     def take(self, source: Teacher | Tensor) -> Teacher:
         """The source with the pairs' rows as its P tokens: a copy of hidden states, or of existing logits."""
-        return take_rows(as_teacher(source), self.rows)
+        return take_rows(as_teacher(source, "source"), self.rows)
 
     def take_labels(self, labels: Tensor) -> Tensor:
         """``[P]``: labels, masks or weights ``[...]`` of the source's tokens, at the pairs' rows."""
@@ -56,7 +56,7 @@ class AlignedSide:
             temperature: of the divergence.
             options: of :func:`kd_kernels.linear_logprobs`.
         """
-        given = take_rows(as_teacher(source), self.given)
+        given = take_rows(as_teacher(source, "source"), self.given)
         ids = labels.reshape(-1)[self.given.to(labels.device)]
         return self._sum(linear_logprobs(given, ids, temperature=temperature, **options))
 

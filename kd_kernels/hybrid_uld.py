@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Optional
@@ -10,7 +11,15 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import Scalar, check_sources, detached, per_token, refuse_transforms
+from kd_kernels.arguments import (
+    Scalar,
+    check_per_token,
+    check_resources,
+    check_sources,
+    detached,
+    per_token,
+    refuse_transforms,
+)
 from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of
 from kd_kernels.distill import distill
 from kd_kernels.objectives import JensenShannon, SortedWasserstein
@@ -107,6 +116,7 @@ def hybrid_uld(
     check_positive("temperature", temperature)
     check_positive("teacher_temperature", hot)
     check_reduction(reduction)
+    check_resources(-100, backend, workspace_bytes, None)
     JensenShannon(beta)  # checks it
     lead, device = student.leading_shape, student.tensors()[0].device
     sizes = student.vocab_size, teacher.vocab_size
@@ -114,6 +124,8 @@ def hybrid_uld(
     if weights is None:
         share = len(matches) / sizes[1]
         weights = share, 1.0 - share
+    elif len(weights) != 2 or not all(isinstance(x, numbers.Real) and math.isfinite(x) for x in weights):
+        raise ValueError(f"weights must be two finite numbers, of matched and unmatched, got {weights!r}")
     if not teacher_grad:
         teacher = detached(teacher)
     dtype = result_dtype(*(x for x in (*student.tensors(), *teacher.tensors()) if x is not None))
@@ -143,8 +155,8 @@ def hybrid_uld(
 
     values = [x.reshape(lead.numel(), x.shape[-1]) for x, *_ in (student.tensors(), teacher.tensors())]
     masses = [
-        torch.as_tensor(x, dtype=dtype, device=device).expand(lead).reshape(-1)
-        for x in (student_log_mass, teacher_log_mass)
+        _of_pairs(name, x, lead, device).to(dtype)
+        for name, x in (("student_log_mass", student_log_mass), ("teacher_log_mass", teacher_log_mass))
     ]
     chunks = [chunks_of(x, sum(sizes), dtype, workspace_bytes) for x in values]
     masses = [x.split(len(chunks[0][0]) or 1) for x in masses]
@@ -159,6 +171,17 @@ def hybrid_uld(
     if not return_parts:
         return loss
     return loss, HybridParts(*(x.detach().reshape(lead) for x in found.unbind(1)))
+
+
+def _of_pairs(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
+    """A number, or one per pair, as ``[P]``; differentiable."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        return torch.full((lead.numel(),), float(value), dtype=torch.float64, device=device)
+    if value.dim() > 0:
+        check_per_token(name, value, lead, device)
+    return value.to(device).expand(lead).reshape(-1)
 
 
 def _jensen_shannon(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:

@@ -282,16 +282,14 @@ def _mkl(name: str):
     """A function of the MKL inside torch's own CPU library, or None: its mixed-precision products are
     exported there, though torch offers them to Python on CUDA only."""
     folder = Path(torch.__file__).parent / "lib"
-    for library in ("libtorch_cpu.so",):
-        try:
-            function = getattr(ctypes.CDLL(str(folder / library)), name)
-        except (OSError, AttributeError):
-            continue
-        c_int, c_float, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
-        function.argtypes = [c_int] * 6 + [c_float, pointer, c_int, pointer, c_int, c_float, pointer, c_int]
-        function.restype = None
-        return function
-    return None
+    try:
+        function = getattr(ctypes.CDLL(str(folder / "libtorch_cpu.so")), name)
+    except (OSError, AttributeError):
+        return None
+    c_int, c_float, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    function.argtypes = [c_int] * 6 + [c_float, pointer, c_int, pointer, c_int, c_float, pointer, c_int]
+    function.restype = None
+    return function
 
 
 _MKL_GEMM = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}

@@ -36,7 +36,10 @@ def check_points_mask(name: str, mask: Tensor, points: Tensor) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # A comparison would make the number a constant of a compiled graph.
+    if not torch.compiler.is_compiling() and not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 

@@ -51,7 +51,7 @@ def relational_distance(
 
     Double backward is not implemented and raises; ``torch.func`` transforms are refused.
     """
-    _check(student, teacher, mask, beta, backend)
+    _check("relational_distance", student, teacher, mask, beta, backend)
     if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
     rows, needs = _rows(student, teacher, teacher_grad)
@@ -89,13 +89,18 @@ def relational_angle(
 
     Double backward is not implemented and raises; ``torch.func`` transforms are refused.
     """
-    _check(student, teacher, mask, beta, backend)
+    _check("relational_angle", student, teacher, mask, beta, backend)
     rows, needs = _rows(student, teacher, teacher_grad)
     return _angle(*rows, mask, number(beta), backend, needs)[0]
 
 
 def _check(
-    student: Tensor, teacher: Tensor, mask: Optional[Tensor], beta: float, backend: Optional[str]
+    function: str,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Optional[Tensor],
+    beta: float,
+    backend: Optional[str],
 ) -> None:
     check_points(("student", student), ("teacher", teacher), shape="[N, D]")
     if len(student) != len(teacher):
@@ -107,7 +112,7 @@ def _check(
     check_positive("beta", beta)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {backend!r}")
-    refuse_transforms("kd_kernels.relational_*", student, teacher)
+    refuse_transforms(f"kd_kernels.{function}", student, teacher)
 
 
 def _rows(student: Tensor, teacher: Tensor, teacher_grad: bool) -> tuple[list[Tensor], list[bool]]:

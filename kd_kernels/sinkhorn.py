@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional, Union
@@ -15,6 +14,7 @@ from kd_kernels.arguments import number, refuse_transforms, saveable
 from kd_kernels.ops.checks import checks_values
 from kd_kernels.ops.class_cost import class_cost as _class_cost
 from kd_kernels.ops.sinkhorn import sinkhorn as _op
+from kd_kernels.points import check_positive
 
 ORDERS, MASSES = ("rows_columns", "columns_rows"), ("probability", "unit")
 GRADIENTS = ("implicit", "envelope", "unrolled")
@@ -108,9 +108,9 @@ def sinkhorn(
     Source: Cuturi 2013, "Sinkhorn Distances"; gradients: docs/sinkhorn.md.
     """
     _check_options(cost, domain, order, mass, gradient, backend)
-    _check_positive("epsilon", epsilon)
+    check_positive("epsilon", epsilon)
     if tolerance is not None:
-        _check_positive("tolerance", tolerance)
+        check_positive("tolerance", tolerance)
     refuse_transforms("kd_kernels.sinkhorn", cost, *(x for x in (a, b) if x is not None))
     state = torch.float64 if cost.dtype == torch.float64 else torch.float32
     single = cost.dim() == 2 and all(x is None or x.dim() == 1 for x in (a, b)) and lengths is None
@@ -125,8 +125,8 @@ def sinkhorn(
             "through a fixed number of steps"
         )
     steps = _MOST_ITERATIONS if iterations is None else iterations
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"iterations must be a whole number > 0, got {iterations!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"iterations must be an int > 0, got {iterations!r}")
     ahead = [float(e) for e in epsilon_schedule or ()]
     if any(not 0 < e < float("inf") for e in ahead):
         raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
@@ -263,13 +263,6 @@ def _check_options(
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {backend!r}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not torch.compiler.is_compiling() and not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
 def _pair(lengths: Union[Tensor, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

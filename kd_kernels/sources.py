@@ -360,6 +360,6 @@ def as_source(name: str, value: object) -> Source:
     )
 
 
-def as_teacher(value: object) -> Teacher:
+def as_teacher(value: object, name: str = "teacher") -> Teacher:
     """As :func:`as_source`, or a sparse teacher."""
-    return value if isinstance(value, SparseTarget) else as_source("teacher", value)
+    return value if isinstance(value, SparseTarget) else as_source(name, value)

@@ -86,6 +86,7 @@ def feature_transport(
         check_points_mask("mask", mask, student)
         masks = mask[None]
     loss, parts = _transport(
+        "feature_transport",
         student[None], teacher[None], masks, masks, cost, epsilon, iterations, order, entropic, gradient,
         teacher_grad, backend,
     )  # fmt: skip
@@ -149,6 +150,7 @@ def sequence_transport(
         if mask is not None:
             check_points_mask(name, mask, states)
     loss, parts = _transport(
+        "sequence_transport",
         student, teacher, student_mask, teacher_mask, cost, epsilon, iterations, order, entropic, gradient,
         teacher_grad, backend,
     )  # fmt: skip
@@ -256,16 +258,16 @@ def class_transport(
 
 
 def _transport(
-    student: Tensor, teacher: Tensor, student_mask: Optional[Tensor], teacher_mask: Optional[Tensor],
-    cost: str, epsilon: float, iterations: int, order: str, entropic: bool, gradient: str,
-    teacher_grad: bool, backend: Optional[str],
+    function: str, student: Tensor, teacher: Tensor, student_mask: Optional[Tensor],
+    teacher_mask: Optional[Tensor], cost: str, epsilon: float, iterations: int, order: str, entropic: bool,
+    gradient: str, teacher_grad: bool, backend: Optional[str],
 ) -> tuple[Tensor, TransportParts]:  # fmt: skip
     _check_options(epsilon, iterations, order)
     if cost not in COSTS:
         raise ValueError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}")
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-    refuse_transforms("kd_kernels.*_transport", student, teacher)
+    refuse_transforms(f"kd_kernels.{function}", student, teacher)
     student, teacher, student_mask, teacher_mask = (
         saveable(x) for x in (student, teacher, student_mask, teacher_mask)
     )

@@ -39,7 +39,7 @@ def load(file: Path, shard: Shard, manifest: Manifest) -> dict[str, Tensor]:
     if zlib.crc32(mapped) != shard.crc32:
         raise CacheError(f"{file}: crc32 is not the one in its journal: the file is damaged")
     rows = _one_batch(file, mapped, manifest)
-    _check_form(file, rows, shard, manifest)
+    _check_form(file, rows, shard)
     found = _Views(file, mapped).columns(rows, sum(shard.lengths), manifest)
     _check_values(file, found, manifest)
     return found
@@ -81,7 +81,7 @@ def _different(found: Any, expected: Any) -> str:
     return "the metadata kd_teacher_cache" if found.names == expected.names else "the list of columns"
 
 
-def _check_form(file: Path, rows: Any, shard: Shard, manifest: Manifest) -> None:
+def _check_form(file: Path, rows: Any, shard: Shard) -> None:
     for name, column in zip(rows.schema.names, rows.columns):
         layout.refuse_nulls(str(file), name, column)
     if tuple(rows.column("sequence_id").to_pylist()) != shard.ids:

@@ -233,7 +233,7 @@ def _rows(manifest: Manifest, name: str, columns: Columns, temperature: object) 
         _check_dtype(manifest, name, column, value)
         rows[column] = value.detach().cpu()
         if column == "ids":
-            _check_ids(manifest, name, column, rows[column], least=-1)
+            _check_ids(manifest, name, column, rows[column])
         if column not in ("logits", "lse"):
             rows[column] = rows[column].to(dtype)
     if manifest.k and manifest.dtype == "float16":
@@ -266,7 +266,7 @@ def _draws(manifest: Manifest, name: str, columns: Columns, length: int) -> dict
     for column in ("sample_ids", "sample_counts"):
         _check_dtype(manifest, name, column, columns[column])
     ids, counts = ids.detach().cpu(), counts.detach().cpu()
-    _check_ids(manifest, name, "sample_ids", ids, least=-1)
+    _check_ids(manifest, name, "sample_ids", ids)
     used = ids >= 0
     if ids.numel() and bool((used & ((counts < 1) | (counts > manifest.samples))).any()):
         raise ValueError(f"sequence {name!r}: sample_counts must be in [1, {manifest.samples}] where drawn")
@@ -293,9 +293,9 @@ def _check_dtype(manifest: Manifest, name: str, column: str, value: Tensor) -> N
         )
 
 
-def _check_ids(manifest: Manifest, name: str, column: str, ids: Tensor, least: int) -> None:
-    if ids.numel() and not least <= int(ids.min()) <= int(ids.max()) < manifest.vocab_size:
+def _check_ids(manifest: Manifest, name: str, column: str, ids: Tensor) -> None:
+    if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < manifest.vocab_size:
         raise ValueError(
-            f"sequence {name!r}: {column} must be in [{least}, {manifest.vocab_size}), the cache's "
+            f"sequence {name!r}: {column} must be in [-1, {manifest.vocab_size}), the cache's "
             f"vocabulary; got {int(ids.min())} to {int(ids.max())}"
         )
