@@ -7,7 +7,7 @@ tensors in place and returns nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -251,6 +251,46 @@ class TopkJob:
     # Draws from softmax(z / temperatures[0]) by inversion, in the order of the vocabulary:
     uniforms: Tensor  # [n, N] float64 in [0, 1), N may be 0
     samples: Tensor  # [n, N] int32: the first id whose cumulated probability exceeds the uniform
+
+    @classmethod
+    def empty(
+        cls,
+        side: Rows,
+        n: int,
+        vocab: int,
+        k: int,
+        temperatures: Tensor,
+        targets: Optional[Tensor] = None,
+        samples: int = 0,
+    ) -> TopkJob:
+        """With memory for its results; the uniforms of its draws are still to be given."""
+        device = temperatures.device
+
+        def of(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.empty(n, columns, dtype=dtype, device=device)
+
+        targets = of(0, torch.int64) if targets is None else targets
+        looked_up = targets.shape[1]
+        return cls(
+            n=n,
+            vocab=vocab,
+            side=side,
+            temperatures=temperatures,
+            ids=of(k, torch.int32),
+            values=of(k),
+            statistics=of(topk_column(0, temperatures.numel())),
+            targets=targets,
+            target_values=of(looked_up),
+            target_ranks=of(looked_up, torch.int32),
+            uniforms=of(0),
+            samples=of(samples, torch.int32),
+        )
+
+    def part(self, rows: slice, side: Rows, uniforms: Tensor) -> TopkJob:
+        """The job of some of the rows, in the memory of the whole."""
+        of_rows = ("ids", "values", "statistics", "targets", "target_values", "target_ranks", "samples")
+        slices = {name: getattr(self, name)[rows] for name in of_rows}
+        return replace(self, n=rows.stop - rows.start, side=side, uniforms=uniforms, **slices)
 
 
 # Columns of a pairwise_l1's statistics [n, 2] float64 of a model: the row's largest z, and log sum exp(x)

@@ -178,7 +178,7 @@ def linear_topk(
     dtype = torch.float64 if source.tensors()[0].dtype == torch.float64 else torch.float32
 
     def column(which: int) -> Tensor:
-        per_temperature = statistics[:, 1 + which :: 3]
+        per_temperature = statistics[:, R.topk_column(which) :: 3]
         shaped = per_temperature.reshape(*lead, len(temperatures))
         return (shaped if many else shaped[..., 0]).to(dtype)
 
@@ -186,7 +186,7 @@ def linear_topk(
     if targets is not None:
         # By numbers on the host, which are not copied: nothing waits for the device.
         scaled = torch.cat([target_values / t for t in temperatures.unbind()], 1)
-        logprob = scaled - statistics[:, 1 + R.TOPK_LSE :: 3]
+        logprob = scaled - statistics[:, R.topk_column(R.TOPK_LSE) :: 3]
         logprob = torch.where(flat < 0, 0.0, logprob).reshape(*lead, len(temperatures)).to(dtype)
         logprob = logprob if many else logprob[..., 0]
         rank = torch.where(_undefined(statistics), 0, ranks).reshape(lead)

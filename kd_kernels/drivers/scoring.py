@@ -105,25 +105,9 @@ def _measure(
 ) -> None:
     """One model over one chunk of c tokens: fill ``measures`` [3, c] and ``top1`` [c]."""
     n, device = top1.numel(), top1.device
-    targets = torch.empty(n, 0, dtype=torch.int64, device=device) if labels is None else labels[:, None]
-
-    def of(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty(n, columns, dtype=dtype, device=device)
-
-    job = R.TopkJob(
-        n=n,
-        vocab=call.vocab,
-        side=side,
-        temperatures=torch.full((1,), call.temperature, dtype=torch.float64, device=device),
-        ids=of(1, torch.int32),
-        values=of(1),
-        statistics=of(R.topk_column(0, 1)),
-        targets=targets,
-        target_values=of(targets.shape[1]),
-        target_ranks=of(targets.shape[1], torch.int32),
-        uniforms=of(0),
-        samples=of(0, torch.int32),
-    )
+    temperature = torch.full((1,), call.temperature, dtype=torch.float64, device=device)
+    targets = None if labels is None else labels[:, None]
+    job = R.TopkJob.empty(side, n, call.vocab, 1, temperature, targets)
     kernel(job)
     statistics = job.statistics
     log_sum = statistics[:, R.topk_column(R.TOPK_LSE)]

@@ -233,20 +233,7 @@ def _top(
 ) -> _Outcomes:
     k = min(top_k, vocab)
     some = rows.temperature
-    found = R.TopkJob(
-        n=n,
-        vocab=vocab,
-        side=rows,
-        temperatures=some.new_ones(1) if temperature is None else temperature,
-        ids=some.new_empty(n, k, dtype=torch.int32),
-        values=some.new_empty(n, k),
-        statistics=some.new_empty(n, 4),
-        targets=some.new_empty(n, 0, dtype=torch.int64),
-        target_values=some.new_empty(n, 0),
-        target_ranks=some.new_empty(n, 0, dtype=torch.int32),
-        uniforms=some.new_empty(n, 0),
-        samples=some.new_empty(n, 0, dtype=torch.int32),
-    )
+    found = R.TopkJob.empty(rows, n, vocab, k, some.new_ones(1) if temperature is None else temperature)
     topk(found)
     if temperature is not None and labels is None and not gradient:
         lse, entropy, tail = (found.statistics[:, R.topk_column(i)] for i in range(3))

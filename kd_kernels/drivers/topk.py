@@ -41,46 +41,17 @@ def walk_topk(problem: TopkProblem) -> R.TopkJob:
     side = side_of(model, vocab, None, None, problem.compute_dtype, problem.logits_dtype)
     chunk, size = cut([side], n, vocab, device, problem.workspace_bytes)
 
-    def of(columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty(n, columns, dtype=dtype, device=device)
-
     temperatures = moved(problem.temperatures, device)
-    whole = R.TopkJob(
-        n=n,
-        vocab=vocab,
-        side=R.Rows(model.values, None, temperatures),
-        temperatures=temperatures,
-        ids=of(problem.k, torch.int32),
-        values=of(problem.k),
-        statistics=of(1 + 3 * temperatures.numel()),
-        targets=problem.targets,
-        target_values=of(problem.targets.shape[1]),
-        target_ranks=of(problem.targets.shape[1], torch.int32),
-        uniforms=of(0),
-        samples=of(problem.samples, torch.int32),
-    )
+    rows = R.Rows(model.values, None, temperatures)
+    whole = R.TopkJob.empty(rows, n, vocab, problem.k, temperatures, problem.targets, problem.samples)
     one = torch.ones(min(chunk, n), dtype=torch.float64, device=device)
     with borrow(size, device) as workspace:
         for start in range(0, n, chunk):
             part = slice(start, min(n, start + chunk))
-            count = part.stop - start
             tokens = torch.arange(start, part.stop, device=device)
             workspace.again()
-            kernel(
-                R.TopkJob(
-                    n=count,
-                    vocab=vocab,
-                    side=side.project(start, part.stop, workspace, one[:count]),
-                    temperatures=temperatures,
-                    ids=whole.ids[part],
-                    values=whole.values[part],
-                    statistics=whole.statistics[part],
-                    targets=whole.targets[part],
-                    target_values=whole.target_values[part],
-                    target_ranks=whole.target_ranks[part],
-                    # Ascending: a kernel then visits each part of the row once.
-                    uniforms=uniforms(problem.seed, tokens, problem.samples).sort(dim=1).values,
-                    samples=whole.samples[part],
-                )
-            )
+            projected = side.project(start, part.stop, workspace, one[: part.stop - start])
+            # Ascending: a kernel then visits each part of the row once.
+            draws = uniforms(problem.seed, tokens, problem.samples).sort(dim=1).values
+            kernel(whole.part(part, projected, draws))
     return whole
