@@ -166,6 +166,11 @@ def number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
+def shaping(*sources: Source) -> list[Tensor]:
+    """Scale and softcap (0: none) of each, as the ops take them."""
+    return [number(x) for source in sources for x in (source.scale, source.softcap or 0.0)]
+
+
 def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
     """A number as a 0-d tensor, a tensor checked and flattened to ``[N]``; float64."""
     if not isinstance(value, Tensor):

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.arguments import check_per_token, saveable
-from kd_kernels.drivers.sides import result_dtype
 from kd_kernels.logprobs import linear_logprobs
 from kd_kernels.objectives import Objective, SinkhornBatch
 from kd_kernels.ops.pairwise_l1 import pairwise_l1
 from kd_kernels.ops.row_divergence import ARGUMENTS
 from kd_kernels.regather import Gather, regathering_pairwise_l1
 from kd_kernels.sinkhorn import apart_from_nan, sinkhorn
-from kd_kernels.sources import Head, Source, SparseTarget, Teacher
+from kd_kernels.sources import Head, Source, SparseTarget, Teacher, result_dtype
 
 
 def check_batch_options(

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kd_kernels.arguments import autocast_dtype
-from kd_kernels.drivers.chunked_head import default_workspace
+from kd_kernels.drivers.chunks import default_workspace
 from kd_kernels.gemm import matmul
 from kd_kernels.reference.dense import logits_of
 from kd_kernels.sources import Head, Logits, Source

@@ -21,6 +21,7 @@ from kd_kernels.arguments import (
     per_token,
     refuse_transforms,
     saveable,
+    shaping,
     valid_tokens,
 )
 from kd_kernels.backends import BackendUnavailable
@@ -281,7 +282,7 @@ class DistillationLoss(torch.nn.Module):
         self.objective = objective
         self.options = options
 
-    def forward(self, student: Source | Tensor, teacher: Source | Tensor, **options):
+    def forward(self, student: Source | Tensor, teacher: Teacher | Tensor, **options):
         return distill(student, teacher, self.objective, **{**self.options, **options})
 
     def extra_repr(self) -> str:
@@ -342,5 +343,4 @@ def _check_types(
 
 
 def _scalars(student: Source, teacher: Teacher, soft_weight: float, hard_weight: float) -> Tensor:
-    shaping = [x for source in (student, teacher) for x in (source.scale, source.softcap or 0.0)]
-    return torch.stack([number(x) for x in (*shaping, soft_weight, hard_weight)])
+    return torch.stack([*shaping(student, teacher), number(soft_weight), number(hard_weight)])

@@ -24,8 +24,8 @@ from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of
 from kd_kernels.distill import distill
 from kd_kernels.objectives import JensenShannon, SortedWasserstein
 from kd_kernels.ops.checks import checks_values
-from kd_kernels.points import check_positive, check_reduction, result_dtype
-from kd_kernels.sources import Source, as_source
+from kd_kernels.points import check_positive, check_reduction
+from kd_kernels.sources import Source, as_source, result_dtype
 
 # A matched token's probability counts as at least this, as in TRL, and without gradient below.
 _LEAST = math.log(1e-8)

@@ -14,10 +14,10 @@ from kd_kernels.arguments import (
     check_resources,
     check_source,
     flat_ids,
-    number,
     per_token,
     refuse_transforms,
     saveable,
+    shaping,
 )
 from kd_kernels.ops.logprobs import linear_logprobs as _op
 from kd_kernels.regather import gathers_of, regathering_logprobs
@@ -82,7 +82,7 @@ def linear_logprobs(
         *tensors,
         flat,
         t,
-        torch.stack([number(source.scale), number(source.softcap or 0.0)]),
+        torch.stack(shaping(source)),
         entropy,
         autocast_dtype(source),
         logits_dtype,

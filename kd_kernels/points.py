@@ -46,7 +46,3 @@ def check_positive(name: str, value: float) -> None:
 def check_reduction(reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
-
-
-def result_dtype(*inputs: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32

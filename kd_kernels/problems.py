@@ -29,7 +29,7 @@ AUTO, SCALING, LOG = 0, 1, 2
 DOMAINS = ("auto", "scaling", "log")
 
 # Columns of ``numbers`` [B, 5], float64: <P, C>; the rows' L1 error; iterations taken; the divergence
-# KL(P | a b') of the plan from the product coupling, both as distributions; and
+# KL(P | a b') of the plan from the product coupling, both as distributions; and how the solution ended.
 TRANSPORT, ERROR, ITERATIONS, GAP, STATUS = range(5)
 NUMBER_COLUMNS = 5
 # Values of the column STATUS.
@@ -43,7 +43,8 @@ CG_STEPS, CG_TOLERANCE = 1000, 1e-10
 
 
 def room(dtype: torch.dtype) -> float:
-    """The same beyond which scalings are refused where asked for: the least normal number's logarithm."""
+    """The largest (cost - the row's least cost) / epsilon for which scalings are not refused where asked for:
+    the least normal number's logarithm."""
     return -math.log(torch.finfo(dtype).tiny)
 
 

@@ -1,8 +1,8 @@
 """The row kernels' contracts, as csrc/*.h state them for the compiled backends.
 
 A driver fills a job; every backend's ``row_divergence(job, phases)``, ``gather(job, phases)``,
-``topk(job)``, ``sorted_l1(job)``, ``angle(job)`` and ``distance(job, phases)`` reads and writes the job's
-tensors in place and returns nothing.
+``topk(job)``, ``sorted_l1(job)``, ``pairwise_l1(job, phases)``, ``angle(job)`` and ``distance(job, phases)``
+reads and writes the job's tensors in place and returns nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 STATISTICS, TERMS, GRADIENT = 1, 2, 4  # phases; a call runs consecutive ones, fused
 
-# Columns of ``statistics`` [n, 10] float64; z = logit after scale and softcap, u = z / temperature.
+# Columns of ``statistics`` [n, 10] float64; z = logit after scale and softcap, u = z / temperature: the
+# largest z, log sum exp(u - max u) (HARD: the student's at temperature 1), sum q dL/dq and sum p dL/dp, z at
+# the label.
 MAX_STUDENT, LOGZ_STUDENT, MAX_TEACHER, LOGZ_TEACHER, LOGZ_HARD, SUM_STUDENT, SUM_TEACHER, LABEL_LOGIT = (
     range(8)
 )

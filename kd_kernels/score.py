@@ -14,9 +14,9 @@ from kd_kernels.arguments import (
     check_sources,
     count,
     detached,
-    number,
     per_token,
     refuse_transforms,
+    shaping,
     valid_tokens,
 )
 from kd_kernels.drivers.scoring import CONFIDENCE, ENTROPY, NLL
@@ -153,14 +153,13 @@ def score(
 
     sources = [detached(source) for source in sources]
     values, weights, biases = zip(*(source.tensors() for source in sources))
-    shaping = [number(x) for source in sources for x in (source.scale, source.softcap or 0.0)]
     measures, top1, divergences = score_op(
         list(values),
         list(weights),
         list(biases),
         valid,
         None if labels is None else labels.reshape(-1),
-        torch.stack([*shaping, _one_number("temperature", temperature)]),
+        torch.stack([*shaping(*sources), _one_number("temperature", temperature)]),
         autocast_dtype(*sources),
         logits_dtype,
         backend,

@@ -99,11 +99,16 @@ def sinkhorn(
         return_plan: also return the plan, ``[B, n, m]`` also where the cost is shared.
         backend: name of a backend, or None for the first that serves the call.
 
+    Returns:
+        :class:`Transport`.
+
     Raises:
         ValueError, TypeError: an argument that does not fit. On CPU also: a marginal that cannot be met
             because its pairs are forbidden, costs too far apart for ``domain="scaling"``, NaN in the cost. On
             a GPU, where looking would wait, such a problem's numbers are NaN or infinite.
         BackendUnavailable: the named backend cannot serve the call.
+
+    Double backward is not implemented and raises; ``torch.func`` transforms are refused.
 
     Source: Cuturi 2013, "Sinkhorn Distances"; gradients: docs/sinkhorn.md.
     """

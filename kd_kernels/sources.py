@@ -11,6 +11,11 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def result_dtype(*values: torch.Tensor) -> torch.dtype:
+    """What results of models with these hidden states or logits are in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in values) else torch.float32
+
+
 def is_dtensor(tensor: object) -> bool:
     """By name: importing torch.distributed takes a while, and not every torch has it."""
     return type(tensor).__name__ == "DTensor"

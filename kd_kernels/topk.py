@@ -18,6 +18,7 @@ from kd_kernels.arguments import (
     flat_ids,
     number,
     refuse_transforms,
+    shaping,
 )
 from kd_kernels.ops.topk import linear_topk as _op
 from kd_kernels.sources import Source, SparseTarget, as_source, shown
@@ -272,7 +273,7 @@ def _call(
         *detached(source).tensors(),
         targets,
         temperatures,
-        torch.stack([number(source.scale), number(source.softcap or 0.0)]),
+        torch.stack(shaping(source)),
         seed,
         k,
         samples,

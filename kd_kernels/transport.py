@@ -16,9 +16,9 @@ from kd_kernels.points import (
     check_points_mask,
     check_positive,
     check_reduction,
-    result_dtype,
 )
 from kd_kernels.sinkhorn import ORDERS, apart_from_nan, class_cost, sinkhorn
+from kd_kernels.sources import result_dtype
 
 COSTS = ("cosine", "attention", "euclidean", "l1")
 GRADIENTS = ("implicit", "unrolled")

@@ -2,10 +2,12 @@
 
 import threading
 
+import pytest
 import torch
 
 import kd_kernels as kd
 from kd_kernels.drivers import workspace
+from kd_kernels.drivers.chunks import chunk_rows
 
 SHAPE, CPU = torch.Size([9 << 10, 1 << 10]), torch.device("cpu")  # 36 MiB in float32
 
@@ -66,3 +68,20 @@ def test_gradients_of_several_steps_at_once():
         pending = [loss(teacher) for teacher in teachers]
         for i in (1, 0, 1):
             assert torch.equal(torch.autograd.grad(pending[i], weight, retain_graph=True)[0], alone[i])
+
+
+@pytest.mark.parametrize("vocabulary_major", [False, True])
+@pytest.mark.parametrize(
+    "vocab, itemsizes", [(7, [8, 8]), (203, [4, 4]), (50257, [4, 2, 4]), (131072, [4, 4])]
+)
+def test_a_chunk_fills_the_workspace_and_is_found_at_once(vocab, itemsizes, vocabulary_major):
+    budget, asked = 64 << 20, []
+
+    def room(tokens):
+        asked.append(tokens)
+        shape = (vocab, tokens) if vocabulary_major else (tokens, vocab)
+        return sum(workspace.footprint(*shape, size) for size in itemsizes)
+
+    rows = chunk_rows(10**9, vocab, itemsizes, budget, room, granule=1)
+    assert len(asked) < 10, "rows filled up to whole cache lines are no reason to try every number"
+    assert 0.8 * budget < room(rows) <= budget

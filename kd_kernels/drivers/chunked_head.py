@@ -8,8 +8,6 @@ turns them into per-token terms and logit gradients, two more GEMMs carry those 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Optional, Union
 
@@ -18,23 +16,16 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, RowKernel, pick
+from kd_kernels.drivers.chunks import cut
+from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, Number, side_of
 from kd_kernels.drivers.sorted_l1 import RankedSide, exact_divergence, topk_divergence
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
 from kd_kernels.drivers.tokens import of_tokens, spread
-from kd_kernels.drivers.workspace import borrow, footprint
+from kd_kernels.drivers.workspace import borrow
 from kd_kernels.reference.sorted_l1 import WORKING_BYTES
 
 SORTED_L1 = "sorted_wasserstein"
-CPU_WORKSPACE = 256 << 20
-# On a GPU a share of its memory, within these bounds.
-GPU_SHARE, GPU_LEAST, GPU_MOST = 32, 256 << 20, 4 << 30
-# Entries of a float16 gradient are stored this much larger: q - p reaches far below float16's 6e-8,
-# and q log(q / p) hardly above 1000, which still fits under its 65504.
-FLOAT16_HEADROOM = 64
-# Chunk widths are multiples of this where the budget allows: the row kernel's vector strip on CPU, a tile of
-# the GEMM on a GPU.
-_GRANULE = {"cpu": 32, "cuda": 128}
 
 
 @dataclass
@@ -184,7 +175,7 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     )
     weights = [problem.walked_values(w) for w in weights]
     temperatures = [problem.walked_values(m.temperature, 1.0) for m in (problem.student, problem.teacher)]
-    factor = _common_factor(problem, weights, temperatures)
+    factor = _factor(problem, weights, temperatures)
     on_host = isinstance(factor, float)
     soft, *hard = (
         problem.per_token(w / factor) if on_host else problem.per_token(w) / factor for w in weights
@@ -280,14 +271,9 @@ def _uniform(temperature: Number, device: torch.device) -> Optional[Tensor]:
     return None if temperature.dim() else temperature.to(torch.float64).reshape(1)
 
 
-def _common_factor(problem: Problem, weights: list[Number], temperatures: list[Number]) -> Number:
-    """A power of two that brings the logit gradients near 1, put back after the GEMMs; on the host where all
-    that it comes from is.
-
-    They are stored in the compute dtype. In float16 a weight like 1/tokens, or a temperature of 100,
-    would flush most of them to zero before any loss scale; the other end would overflow. Gradients of
-    existing logits are final as the kernel writes them, so a call without any head keeps its weights.
-    """
+def _factor(problem: Problem, weights: list[Number], temperatures: list[Number]) -> Number:
+    """The walk's :func:`common_factor`, on the host where all that it comes from is. Gradients of existing
+    logits are final as the kernel writes them, so a call without any head keeps its weights."""
     soft, *hard = weights
     if problem.walked == 0 or not problem.shares_factor:
         return 1.0
@@ -300,82 +286,4 @@ def _common_factor(problem: Problem, weights: list[Number], temperatures: list[N
     least = max(on_host, default=0.0)
     there = [x.amax() for x in tops if isinstance(x, Tensor)]
     top = functools.reduce(torch.maximum, there).clamp(min=least) if there else least
-    if any(m.is_head and (problem.compute_dtype or m.values.dtype) == torch.float16 for m in models):
-        top = top / FLOAT16_HEADROOM
-    return power_of_two(top)
-
-
-def power_of_two(top: Number) -> Number:
-    """The one below ``top``; 1 where there is none."""
-    if isinstance(top, float):
-        return math.ldexp(1.0, math.frexp(top)[1] - 1) if 0 < top < math.inf else 1.0
-    power = torch.exp2(torch.floor(torch.log2(top)))
-    return torch.where(torch.isfinite(power) & (power > 0), power, 1.0)
-
-
-def cut(
-    sides: Sequence[Union[HeadSide, LogitsSide, SparseSide, RankedSide]],
-    n: int,
-    vocab: int,
-    device: torch.device,
-    workspace_bytes: Optional[int],
-    vocabulary_major: bool = False,
-    beside: int = 0,
-) -> tuple[int, int]:
-    """(tokens per chunk, bytes of workspace that they take) of a walk over n tokens; ``beside`` is what a
-    kernel takes for itself meanwhile, in bytes per token and vocabulary entry."""
-    itemsizes = [size for side in sides for size in side.buffer_itemsizes()]
-
-    def room(tokens: int) -> int:
-        shape = (vocab, tokens) if vocabulary_major else (tokens, vocab)
-        return sum(footprint(*shape, size) for size in itemsizes)
-
-    budget = default_workspace(device) if workspace_bytes is None else workspace_bytes
-    counted = [*itemsizes, beside] if beside else itemsizes
-    rows = chunk_rows(
-        n,
-        vocab,
-        counted,
-        budget,
-        lambda tokens: room(tokens) + beside * vocab * tokens,
-        _GRANULE.get(device.type, 1),
-    )
-    return rows, room(rows)
-
-
-def default_workspace(device: torch.device) -> int:
-    """Bytes of scratch memory where the caller names none."""
-    if device.type != "cuda":
-        return CPU_WORKSPACE
-    if not torch.cuda.is_available():  # a plan for a machine that is not here
-        return GPU_LEAST
-    share = torch.cuda.get_device_properties(device).total_memory // GPU_SHARE
-    return min(max(share, GPU_LEAST), GPU_MOST)
-
-
-def chunk_rows(
-    n: int, vocab: int, itemsizes: list[int], budget: int, room: Callable[[int], int], granule: int
-) -> int:
-    """Tokens per chunk; ``room(c)`` is what a chunk of c tokens takes in the workspace, in bytes.
-
-    Every chunk reads and writes all of d weight once (8 V D bytes in float32) and computes
-    2 C V D FLOPs into it, so the traffic per FLOP falls as 4/C: at C = 256 it costs tens of percent of
-    a step on CPU, at C = 1024 it disappears. A GPU that computes 170 FLOPs in the time of a byte
-    (740 TFLOP/s, 4.3 TB/s) pays for it with 690/C of that product's time: two thirds at C = 1024, a fifth
-    at the 3300 rows that 4 GiB hold of a vocabulary of 128256. Hence as many rows as the budget holds,
-    and all chunks of the same size.
-    """
-    if not itemsizes or n == 0:
-        return max(1, n)
-    most = budget // (vocab * sum(itemsizes))
-    while most > 0 and room(most) > budget:
-        most -= 1  # for the odd cache line that a row may carry
-    if most < 1:
-        raise ValueError(
-            f"workspace_bytes={budget} holds less than one row of {vocab} logits; "
-            f"at least {room(1)} bytes are needed"
-        )
-    chunks = -(-n // most)
-    even = -(-n // chunks)
-    padded = -(-even // granule) * granule
-    return min(padded, most)
+    return common_factor(top, models, problem.compute_dtype)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import OVERWRITES, VOCABULARY_MAJOR, pick
-from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, cut, power_of_two
+from kd_kernels.drivers.chunks import cut
+from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.gathered import Gathered, new_job
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.sides import Model, side_of
@@ -73,7 +74,7 @@ def walk_logprobs(
             if problem.kept is not None:
                 g_entropy = torch.where(problem.kept, g_entropy, 0.0)
         if model.is_head and n > 0:
-            factor = _common_factor(g, g_entropy, temperature, problem)
+            factor = _factor(g, g_entropy, temperature, problem)
 
     chunk, size = cut([side], n, vocab, device, problem.workspace_bytes, vocabulary_major)
     logprobs = torch.zeros(selection.ids.shape, dtype=torch.float64, device=device)
@@ -125,14 +126,9 @@ def _set_gradient(job: R.GatherJob, found: Gathered, g: Tensor, g_entropy: Optio
     job.at_ids = torch.where(dead[:, None] | (job.ids < 0), 0.0, at_ids / found.temperature)
 
 
-def _common_factor(
-    g: Tensor, g_entropy: Optional[Tensor], temperature: Tensor, problem: LogprobProblem
-) -> Tensor:
+def _factor(g: Tensor, g_entropy: Optional[Tensor], temperature: Tensor, problem: LogprobProblem) -> Tensor:
     """As the walk of the divergences: logit gradients near 1 while they are in the compute dtype."""
     top = (g.abs().amax(1) / temperature).amax()
     if g_entropy is not None:
         top = torch.maximum(top, (g_entropy.abs() / temperature).amax())
-    top = top * abs(problem.model.scale)
-    if (problem.compute_dtype or problem.model.values.dtype) == torch.float16:
-        top = top / FLOAT16_HEADROOM
-    return power_of_two(top)
+    return common_factor(top * abs(problem.model.scale), [problem.model], problem.compute_dtype)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import PAIRWISE_L1_SCRATCH, pick
-from kd_kernels.drivers.chunked_head import FLOAT16_HEADROOM, default_workspace, power_of_two
+from kd_kernels.drivers.chunks import default_workspace
+from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.gathered import new_job
 from kd_kernels.drivers.sides import LogitsSide, Model, accumulate_dtype
 from kd_kernels.drivers.tokens import of_tokens
@@ -237,8 +238,7 @@ class _Walk:
                 yield _Slab(start, stop, stop - start == self.vocab, workspace, *rows)
 
     def common_factor(self, d_cost: Tensor) -> Tensor:
-        """A power of two that brings the logit gradients near 1, put back after the products: see
-        ``drivers/chunked_head.py``. Without any head 1: gradients of existing logits are final as they are
+        """See ``drivers/factor.py``. Without any head 1: gradients of existing logits are final as they are
         written."""
         top = d_cost.new_zeros(())
         models = [self.problem.student, self.problem.teacher]
@@ -249,9 +249,7 @@ class _Walk:
             if any(model.needs):
                 entries = self.problem.packed(d_cost.abs().sum(axis)) / temperature
                 top = torch.maximum(top, entries.amax() * abs(model.scale))
-        if any((self.problem.compute_dtype or model.values.dtype) == torch.float16 for model in heads):
-            top = top / FLOAT16_HEADROOM
-        return power_of_two(top)
+        return common_factor(top, heads, self.problem.compute_dtype)
 
 
 class _HeadSlabs:

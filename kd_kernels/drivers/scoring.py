@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd_kernels import rows as R
 from kd_kernels.backends import RowKernel, pick
-from kd_kernels.drivers.chunked_head import cut
+from kd_kernels.drivers.chunks import cut
 from kd_kernels.drivers.sides import Model, side_of
 from kd_kernels.drivers.tokens import spread
 from kd_kernels.drivers.workspace import borrow

@@ -43,18 +43,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def result_dtype(*values: Tensor) -> torch.dtype:
-    """What per-token results of models with these hidden states or logits are in."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in values) else torch.float32
-
-
 def hidden_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """What d hidden is kept in until it is scaled: float16 has no room for sums before the denominator."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 class HeadSide:
-    """Logits from two chunk-wide GEMMs; gradients carried back by two more.
+    """Logits from one chunk-wide GEMM; gradients carried back by two more.
 
     In the vocabulary-major layout a chunk is stored ``[V, c]`` (``weight @ hidden.T``): tokens run
     through the vector lanes of the row kernel, and all three GEMMs read their operands along unit

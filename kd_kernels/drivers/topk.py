@@ -11,7 +11,7 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.backends import pick
 from kd_kernels.counter_random import uniforms
-from kd_kernels.drivers.chunked_head import cut
+from kd_kernels.drivers.chunks import cut
 from kd_kernels.drivers.sides import Model, side_of
 from kd_kernels.drivers.tokens import moved
 from kd_kernels.drivers.workspace import borrow

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
 from kd_kernels.drivers.scale import scaled
-from kd_kernels.drivers.sides import Model, result_dtype
+from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.ops.checks import check_range, check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
+from kd_kernels.sources import result_dtype
 
 # What both ops take, in the order in which autograd sees it.
 _CALL = """

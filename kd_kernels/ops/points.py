@@ -9,7 +9,7 @@ import torch
 
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
-from kd_kernels.points import result_dtype
+from kd_kernels.sources import result_dtype
 
 
 def between_points(op: str, numbers: str, function: str) -> Callable[[Callable], Callable]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.drivers.chunked_head import Problem, walk
 from kd_kernels.drivers.scale import scaled
-from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gradient_dtype, result_dtype
+from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gradient_dtype
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.objectives import CATALOGUE, SortedWasserstein
@@ -27,6 +27,7 @@ from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temp
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 from kd_kernels.ops.sparse_checks import check_target, refuse_undefined
+from kd_kernels.sources import result_dtype
 
 # What both ops take, in the order in which autograd sees it.
 _CALL = """

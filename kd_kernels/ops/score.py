@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from kd_kernels.drivers.scoring import DIVERGENCES, MEASURES, Scoring, walk
-from kd_kernels.drivers.sides import Model, result_dtype
+from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, checks_values
+from kd_kernels.sources import result_dtype
 
 
 def _check_values(call: Scoring) -> None:
