@@ -188,25 +188,29 @@ class _Shared:
         u, v = job.phi_history[:, -1], job.psi_history[:, -1]
         by_row, by_column = self.through(u, v)
         d_phi, d_psi = job.d_phi + by_row, job.d_psi + by_column
-        a, b = _without_zeros(job.a), _without_zeros(job.b)
+        # Of all steps at once, with the sign that a half-step's adjoint has and a product has not.
+        by_a, by_b = (
+            history / -_without_zeros(mass)[:, None]
+            for history, mass in ((job.phi_history, job.a), (job.psi_history, job.b))
+        )
         left, right = [], []  # factors of the cost's gradient
         for step in reversed(range(job.iterations)):
-            u_step, v_step = job.phi_history[:, step], job.psi_history[:, step]
+            u_step = job.phi_history[:, step]
             before = job.psi_history[:, step - 1] if step > 0 else self.start()
             job.d_b += d_psi
-            columns = v_step * (d_psi / b)
-            d_phi = d_phi - self.along_rows(columns, u_step)
+            columns = by_b[:, step] * d_psi
+            from_columns = self.along_rows(columns, u_step)
+            d_phi = from_columns if d_phi is None else d_phi + from_columns
             job.d_a += d_phi
-            rows = u_step * (d_phi / a)
+            rows = by_a[:, step] * d_phi
             if job.d_cost is not None:
                 left += [u_step, rows]
                 right += [columns, before]
             if step > 0:  # what comes before the first is no variable
-                d_psi = self.along_columns(rows, -before)
-                d_phi = torch.zeros_like(d_phi)
+                d_psi, d_phi = self.along_columns(rows, before), None
         if job.d_cost is not None:
             spread = torch.cat(left).t() @ torch.cat(right) if left else torch.zeros_like(self.kernel)
-            self.write_cost(u, v, job.d_transport, spread)
+            self.write_cost(u, v, job.d_transport, -spread)
 
     def through(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column sums of ``P * G``, where G arrives at P."""
