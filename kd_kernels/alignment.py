@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.logprobs import linear_logprobs
-from kd_kernels.sources import Head, Logits, Source, SparseTarget, Teacher, as_teacher
+from kd_kernels.sources import Head, Logits, Shown, Source, SparseTarget, Teacher, as_teacher
 
 Rows = Union[Sequence[int], Tensor]
 Group = tuple[Sequence[int], Sequence[int]]
@@ -23,8 +23,8 @@ MERGES = ("observed", "bayesian")
 _LEAST = 1e-8
 
 
-@dataclass(frozen=True)
-class AlignedSide:
+@dataclass(frozen=True, eq=False, repr=False)
+class AlignedSide(Shown):
     """One model's end of an :class:`Alignment` of P pairs. Rows count the model's tokens, flattened."""
 
     rows: Tensor
@@ -70,8 +70,8 @@ class AlignedSide:
         return floored.new_zeros(len(self.rows)).index_add(0, self.given_pair.to(floored.device), floored)
 
 
-@dataclass(frozen=True)
-class Alignment:
+@dataclass(frozen=True, eq=False, repr=False)
+class Alignment(Shown):
     """P pairs of a student's and a teacher's row."""
 
     student: AlignedSide

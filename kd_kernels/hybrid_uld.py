@@ -32,7 +32,7 @@ _LEAST = math.log(1e-8)
 _NOTHING = -1e3  # logarithm of a probability of 0, in float64 too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HybridParts:
     """The two terms of each pair before their weights: the leading shape, detached."""
 

@@ -18,7 +18,7 @@ from kd_kernels.transport import sequence_transport
 MATCHES, LOGARITHMS = ("order", "nearest"), ("student", "teacher")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MultiLevelParts:
     """The three terms before their weights, 0-d, and what to look at beside them; all detached."""
 

@@ -14,6 +14,8 @@ from typing import ClassVar, Optional, Union
 
 import torch
 
+from kd_kernels.sources import Shown
+
 Weight = Union[float, torch.Tensor]
 
 
@@ -152,8 +154,8 @@ class TotalVariation(Objective):
     source: ClassVar[str] = "Wen et al. 2023 (f-distill)"
 
 
-@dataclass(frozen=True, eq=False)
-class WeightedKL(Objective):
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightedKL(Shown, Objective):
     """``forward * KL(p || q) + reverse * KL(q || p)``; both 1 is Jeffreys' divergence.
 
     Either weight may be a tensor with the leading shape of the tokens (balanced and gated variants).
@@ -172,8 +174,8 @@ class WeightedKL(Objective):
         return self.forward, self.reverse
 
 
-@dataclass(frozen=True, eq=False)
-class SortedWasserstein(Objective):
+@dataclass(frozen=True, eq=False, repr=False)
+class SortedWasserstein(Shown, Objective):
     """``sum_k |p_(k) - q_(k)|``, both in descending order, the smaller vocabulary filled up with zeros: for a
     teacher with another vocabulary (Universal Logit Distillation, ULD). ``vocab=`` takes no notice of it.
 

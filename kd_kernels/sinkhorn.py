@@ -15,6 +15,7 @@ from kd_kernels.ops.checks import checks_values
 from kd_kernels.ops.class_cost import class_cost as _class_cost
 from kd_kernels.ops.sinkhorn import sinkhorn as _op
 from kd_kernels.points import check_positive
+from kd_kernels.sources import Shown
 
 ORDERS, MASSES = ("rows_columns", "columns_rows"), ("probability", "unit")
 GRADIENTS = ("implicit", "envelope", "unrolled")
@@ -23,8 +24,8 @@ _MOST_ITERATIONS = 1000
 _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
-@dataclass(frozen=True)
-class Transport:
+@dataclass(frozen=True, eq=False, repr=False)
+class Transport(Shown):
     """What :func:`sinkhorn` found. ``[...]`` is ``[B]``, or nothing for a single problem; float32, float64
     for float64 costs. ``transport_cost``, ``value`` and ``plan`` carry gradients, as far as ``gradient``
     says."""

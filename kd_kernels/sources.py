@@ -37,13 +37,18 @@ def _check_floating(owner: str, name: str, tensor: object) -> None:
 
 
 def shown(value: object) -> str:
-    """A tensor by its form: its numbers would fill the screen, and have to come from the device first."""
+    """A tensor by its form: its numbers would fill the screen, and have to come from the device first. One
+    number of the host's as it is."""
     if not isinstance(value, Tensor):
         return repr(value)
+    if value.dim() == 0 and value.device.type == "cpu":
+        return f"{value.item():.6g}"
     return f"[{', '.join(map(str, value.shape))}] {str(value.dtype).removeprefix('torch.')} {value.device}"
 
 
-class _Shown:
+class Shown:
+    """A dataclass that shows its tensors by their form."""
+
     def __repr__(self) -> str:
         parts = (f"{field.name}={shown(getattr(self, field.name))}" for field in fields(self))
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -60,7 +65,7 @@ def _check_shaping(owner: str, scale: float, softcap: Optional[float]) -> None:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Head(_Shown):
+class Head(Shown):
     """Logits as an LM head would give them, never materialised.
 
     ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``; no tanh when ``softcap is None``.
@@ -152,7 +157,7 @@ class Head(_Shown):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Logits(_Shown):
+class Logits(Shown):
     """Logits that exist already: ``softcap * tanh(scale * values / softcap)``.
 
     Args:
@@ -195,7 +200,7 @@ MISSING = ("tail", "teacher_renorm", "renorm_both", "unnormalised")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseTarget(_Shown):
+class SparseTarget(Shown):
     """A teacher known at a few tokens only: its top-K, or draws from it, saved earlier.
 
     With ``t`` the recorded probabilities of a token's ids S, ``a = sum t``, and ``Q`` the student's mass on

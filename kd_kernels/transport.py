@@ -24,14 +24,14 @@ COSTS = ("cosine", "attention", "euclidean", "l1")
 GRADIENTS = ("implicit", "unrolled")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransportParts:
     """What a user looks at beside the loss; detached, one number per problem (float32 or float64)."""
 
     loss: Tensor
-    #: KL in nats of the plan from the product of its marginals. Near 0 the plan says nothing: the term is
-    #: then the mean cost, whatever the student does with its pairing.
     product_gap: Tensor
+    """KL in nats of the plan from the product of its marginals. Near 0 the plan says nothing: the term is
+    then the mean cost, whatever the student does with its pairing."""
     marginal_error: Tensor
 
 
