@@ -213,16 +213,21 @@ def scaling_text(rows: Iterable[Row]) -> str:
     return aligned(SCALING_HEADER, scaling_lines(rows))
 
 
-def provenance(rows: Sequence[Row]) -> str:
-    """One line that says what, where and when; a file put together from several commits says so."""
-    machine, versions = rows[-1]["machine"], rows[-1]["versions"]
+def when(rows: Sequence[Row]) -> str:
+    """Commits and days; a file put together from several says so."""
     commits = sorted(
         {(r["git"]["commit"] or "no commit")[:10] + ("+" if r["git"]["dirty"] else "") for r in rows}
     )
     dates = sorted({row["date"][:10] for row in rows})
+    return f"commit {', '.join(commits)}; {' to '.join(sorted({dates[0], dates[-1]}))}"
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """One line that says what, where and when."""
+    machine, versions = rows[-1]["machine"], rows[-1]["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     threads = rows[-1]["case"]["threads"]
     return (
         f"{machine['name']}, {machine['cores']} cores ({machine['isa']}), {threads} threads; "
-        f"{packages}; commit {', '.join(commits)}; {' to '.join(sorted({dates[0], dates[-1]}))}."
+        f"{packages}; {when(rows)}."
     )

@@ -31,6 +31,7 @@ from report import (
     scaling_lines,
     seconds,
     verdicts,
+    when,
 )
 from workloads import FLOOR
 
@@ -88,7 +89,8 @@ def head_markdown(rows: Sequence[Row]) -> str:
     text = (
         f"One step, forward and backward: {shape['tokens']} tokens, V = {shape['vocab']}, hidden "
         f"{shape['d_student']} (student) and {shape['d_teacher']} (teacher). The floor is the four bare "
-        f"GEMMs with outputs preallocated, timed in the same rounds: {'; '.join(floors)}."
+        f"GEMMs with outputs preallocated, timed in the same rounds: {'; '.join(floors)}. Ratios to "
+        f"it are formed within a round, so they are not quotients of the medians."
     )
     return text + "\n\n" + markdown(header, lines)
 
@@ -184,7 +186,11 @@ def readme_section(results: Path = RESULTS) -> str:
         parts.append(f"#### `{machine}`")
         first = next(rows for rows in files.values() if rows)
         parts.append(provenance(files.get("head") or first))
-        parts.extend(text for name, make in makers if files.get(name) and (text := make(files[name])))
+        for name, make in makers:
+            if files.get(name) and (text := make(files[name])):
+                about, table = text.split("\n\n", 1)
+                # The line above is the first file's; the others were not all measured with it.
+                parts += [about if name == "head" else f"{about} ({when(files[name])})", table]
     if not any("cuda" in machine for machine in machines):
         parts.extend(("#### GPU", gpu_markdown(results)))
     return "\n\n".join(parts)

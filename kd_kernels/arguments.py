@@ -174,7 +174,9 @@ def shaping(*sources: Source) -> list[Tensor]:
 def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
     """A number as a 0-d tensor, a tensor checked and flattened to ``[N]``; float64."""
     if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or (
+            not isinstance(value, (int, float)) and not isinstance(value, numbers.Real)
+        ):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
         return number(value)
     if value.requires_grad and torch.is_grad_enabled():

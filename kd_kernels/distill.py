@@ -117,9 +117,9 @@ def distill(
         backend: name of a backend, or None for the first that serves the call.
         logits_dtype: None keeps logits of a head in float32 (float64 for float64); the input's own
             dtype trades accuracy for speed.
-        workspace_bytes: scratch memory for logits, reused between calls. Default on CPU: 256 MiB. Every chunk
-            that it holds reads and writes all of the weight's gradient, so at vocabularies beyond 100,000
-            more is faster.
+        workspace_bytes: scratch memory for logits, reused between calls. Default on CPU 256 MiB, on a GPU a
+            32nd of its memory, 256 MiB to 4 GiB. Every chunk that it holds reads and writes all of the
+            weight's gradient, so at vocabularies beyond 100,000 more is faster.
 
     Returns:
         float32 (float64 for float64 inputs): 0-d, or the leading shape for ``reduction="none"``, 0 at

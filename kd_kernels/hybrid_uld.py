@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -47,6 +47,10 @@ def match_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int]) -
     Args:
         student, teacher: id by token, such as ``tokenizer.get_vocab()``.
     """
+    for name, vocabulary in (("student", student), ("teacher", teacher)):
+        if not isinstance(vocabulary, Mapping):
+            got = type(vocabulary).__name__
+            raise TypeError(f"{name} must map tokens to ids, as tokenizer.get_vocab() does, got {got}")
     pairs = sorted((i, student[token]) for token, i in teacher.items() if token in student)
     return torch.tensor([(own, other) for other, own in pairs], dtype=torch.int64).reshape(-1, 2)
 
@@ -124,8 +128,7 @@ def hybrid_uld(
     if weights is None:
         share = len(matches) / sizes[1]
         weights = share, 1.0 - share
-    elif len(weights) != 2 or not all(isinstance(x, numbers.Real) and math.isfinite(x) for x in weights):
-        raise ValueError(f"weights must be two finite numbers, of matched and unmatched, got {weights!r}")
+    weights = _two_numbers(weights)
     if not teacher_grad:
         teacher = detached(teacher)
     dtype = result_dtype(*(x for x in (*student.tensors(), *teacher.tensors()) if x is not None))
@@ -171,6 +174,16 @@ def hybrid_uld(
     if not return_parts:
         return loss
     return loss, HybridParts(*(x.detach().reshape(lead) for x in found.unbind(1)))
+
+
+def _two_numbers(weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        found = tuple(float(x) for x in weights)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) != 2 or not all(map(math.isfinite, found)):
+        raise ValueError(f"weights must be two finite numbers, of matched and unmatched, got {weights!r}")
+    return found
 
 
 def _of_pairs(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:

@@ -304,7 +304,9 @@ def _temperatures(temperature: Union[float, Sequence[float]]) -> tuple[Tensor, b
         raise ValueError("temperature must hold at least one number, got an empty sequence")
     values = temperature if many else [temperature]
     for value in values:
-        if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or (
+            not isinstance(value, (int, float)) and not isinstance(value, numbers.Real)
+        ):
             raise TypeError(
                 f"temperature must be a number, or a list or tuple of numbers, got "
                 f"{type(value).__name__}; of a tensor or an array use .tolist()"

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import refuse_transforms, saveable
+from kd_kernels.arguments import check_resources, refuse_transforms, saveable
 from kd_kernels.ops.checks import IGNORED, check_range, checks_values
 from kd_kernels.points import (
     check_points,
@@ -60,7 +60,8 @@ def feature_transport(
         cost: "cosine", "attention", "euclidean" or "l1"; see :func:`sequence_transport`.
         epsilon: > 0, in units of the cost.
         iterations: of Sinkhorn, each of both half-steps; "order" says which comes last and is exact.
-        entropic: the loss is ``<P, C> + epsilon KL(P | a b)``.
+        entropic: the loss is the entropic value, ``<P, C> + epsilon KL(P | a b)`` at convergence and less
+            before (``value`` of :class:`kd_kernels.Transport`).
         gradient: "implicit", of the converged coupling, or "unrolled", of the number returned, back through
             the iterations: what published code with few of them has.
         mask: bool ``[N]``, True = counts, for both sides.
@@ -212,10 +213,11 @@ def class_transport(
         BackendUnavailable: the named backend cannot serve the call.
     """
     _check_classes(student_logits, teacher_logits, cost, labels)
+    check_resources(ignore_index, backend, None, None)
     _check_options(epsilon, iterations, order)
     check_reduction(reduction)
     check_positive("temperature", temperature)
-    if not isinstance(target_weight, (int, float)) or not math.isfinite(target_weight):
+    if not isinstance(target_weight, (int, float)) or not -math.inf < target_weight < math.inf:
         raise ValueError(f"target_weight must be a finite number, got {target_weight!r}")
     if target_weight and labels is None:
         raise ValueError("target_weight needs labels")
@@ -365,8 +367,10 @@ def _check_classes(student: Tensor, teacher: Tensor, cost: Tensor, labels: Optio
         raise ValueError("cost requires grad, but is not differentiated; pass cost.detach()")
     if labels is None:
         return
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {getattr(labels, 'dtype', labels)!r}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.shape != student.shape[:1]:
         raise ValueError(f"labels must be [N] = {tuple(student.shape[:1])}, got {tuple(labels.shape)}")
     if labels.device != student.device:

@@ -67,6 +67,7 @@ CASES = {
     "temperature NaN": (lambda: call(temperature=float("nan")), ValueError, "temperature"),
     "temperature inf": (lambda: call(temperature=float("inf")), ValueError, "temperature"),
     "temperature shape": (lambda: call(temperature=torch.ones(2)), ValueError, "temperature must have"),
+    "temperature bool": (lambda: call(temperature=True), TypeError, "temperature must be a number.*got bool"),
     "temperature type": (lambda: call(temperature="2"), TypeError, "temperature must be a number"),
     "teacher temperature": (lambda: call(teacher_temperature=-1.0), ValueError, "teacher_temperature must be"),
     "temperature grad": (lambda: call(temperature=torch.ones(3, requires_grad=True)), ValueError, "temperature requires grad"),

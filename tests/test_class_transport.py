@@ -206,6 +206,23 @@ def test_confident_samples_whatever_the_range_of_the_cost(reach, domain, size):
 
 
 @pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
+@pytest.mark.parametrize("dtype, reach", [(torch.float32, 87), (torch.float64, 707)])
+@pytest.mark.parametrize("banned", [-math.inf, -400.0])
+def test_a_class_far_from_all_others_at_the_end_of_the_room(dtype, reach, order, banned):
+    """Where a scaling over its mass has no room any more, though both do."""
+    cost = torch.zeros(200, 200, dtype=dtype)
+    cost[-1, :-1] = cost[:-1, -1] = 1.0
+    z, y = (torch.zeros(2, 200, dtype=dtype) for _ in range(2))
+    z[0, -1], y[0, -1] = -30.0, banned
+    for sides in ((z, y), (y, z)):
+        options = {"epsilon": 1 / reach, "order": order, "teacher_grad": True}
+        found = run(kd.class_transport, leaves(*sides, dtype=dtype), cost=cost, **options)
+        wanted = run(kd.class_transport, leaves(*sides, dtype=dtype), cost=cost, domain="log", **options)
+        for x, e in zip(found, wanted):
+            assert x.isfinite().all() and torch.allclose(x, e, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["rows_columns", "columns_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"denominator_eps": 0.3}, {"domain": "log"}], ids=str)
 def test_classes_on_every_backend(backend, order, dtype, options):
@@ -364,3 +381,13 @@ def test_parts_say_how_far_the_plan_is(iterations):
     assert error(parts.product_gap, wanted.product_gap) < 1e-6
     assert error(parts.marginal_error, wanted.marginal_error) < 1e-6
     assert (parts.marginal_error.max() > 0.01) == (iterations == 3)
+
+
+def test_compiles_with_sizes_that_change():
+    step = torch.compile(
+        lambda z, y, cost: kd.class_transport(z, y, cost, epsilon=0.5),
+        backend="aot_eager", fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    for n, c in ((3, 5), (4, 7)):
+        z, y = leaves(normal(n, c), normal(n, c, seed=1))
+        assert error(step(z, y, classes(c)), kd.class_transport(z, y, classes(c), epsilon=0.5)) < 1e-12

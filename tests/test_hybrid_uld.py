@@ -243,6 +243,7 @@ Z, Y, PAIRS = torch.randn(3, 7), torch.randn(3, 5), torch.tensor([[1, 2], [0, 4]
         ({"backend": 3}, TypeError, "backend must be a name or None, got 3"),
         ({"workspace_bytes": "1GB"}, TypeError, "workspace_bytes must be an int or None"),
         ({"weights": (2.0,)}, ValueError, "weights must be two finite numbers"),
+        ({"weights": 0.5}, ValueError, "weights must be two finite numbers"),
         ({"weights": (2.0, float("nan"))}, ValueError, "weights must be two finite numbers"),
         ({"student_log_mass": Z[0]}, ValueError, "student_log_mass must have the leading shape"),
         ({"teacher_log_mass": "0"}, TypeError, "teacher_log_mass must be a number or a tensor, got str"),

@@ -205,3 +205,12 @@ def test_shapes(lead):
 def test_refusals(ids, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         kd.linear_logprobs(Batch().source("student", "head", torch.float32), ids, **options)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_no_ids_at_all(compact):
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    ids = torch.zeros(4, 0, dtype=torch.int64)
+    found = kd.linear_logprobs(kd.Head(hidden, weight), ids, compact=compact)
+    found.sum().backward()
+    assert found.shape == (4, 0) and (hidden.grad == 0).all() and (weight.grad == 0).all()

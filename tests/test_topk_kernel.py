@@ -258,6 +258,11 @@ def test_triton_says_how_many_it_takes(call):
     ):
         run("triton")
     assert torch.equal(run(None), run("cpu"))
+    small, objective = torch.randn(2, 100), kd.SortedWasserstein(top_k=2000)  # 100 of 100
+    both = [
+        kd.distill(small, small[:, :60].flip(0), objective, backend=backend) for backend in ("triton", "cpu")
+    ]
+    assert abs(both[0] - both[1]) < 1e-6
     gpu = torch.device("cuda")
     serves = [objections(gpu, k=1025) for _, objections in TABLE["topk"].values()]
     assert serves[-1] == [] and all(serves[:-1]), "the reference, and nobody before it"

@@ -359,6 +359,8 @@ C = torch.tensor([[0.1, 0.6, 0.2], [0.9, 0.1, 0.4], [0.3, 0.7, 0.1]], dtype=torc
         (kd.class_transport, (X, Y, C.clone().requires_grad_()), {}, ValueError, "cost requires grad"),
         (kd.class_transport, (X, Y, C, torch.tensor([0, 1, 2, 3])), {}, ValueError, r"labels must be in \[0, 3\)"),
         (kd.class_transport, (X, Y, C, X[:, 0]), {}, TypeError, "labels must be integers"),
+        (kd.class_transport, (X, Y, C, [0, 1, 2, 0]), {}, TypeError, "labels must be a tensor, got list"),
+        (kd.class_transport, (X, Y, C, torch.zeros(4).long()), {"ignore_index": "x"}, TypeError, "ignore_index must be an int"),
         (kd.class_transport, (X, Y, C, torch.zeros(3).long()), {}, ValueError, r"labels must be \[N\] = \(4,\)"),
         (kd.class_transport, (X, Y, C), {"temperature": -1}, ValueError, "temperature must be"),
         (kd.class_transport, (X, Y, C), {"target_weight": 1.0}, ValueError, "target_weight needs labels"),

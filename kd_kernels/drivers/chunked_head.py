@@ -253,7 +253,8 @@ def _sorted_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKern
         # One that overwrites logits would spoil what is to be sorted.
         gather = pick("gather", device, "reference" if name in OVERWRITES else name)[1]
         return name, functools.partial(exact_divergence, teacher_vocab=vocab, gather=gather, sorted_l1=kernel)
-    name, topk = pick("topk", device, problem.backend, k=problem.top_k)
+    k = min(problem.top_k, max(problem.student.vocab_size, vocab))
+    name, topk = pick("topk", device, problem.backend, k=k)
     return name, functools.partial(
         topk_divergence,
         teacher_vocab=vocab,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import Optional, Protocol
 
@@ -79,9 +80,8 @@ def chunk_rows(
     """
     if not itemsizes or n == 0:
         return max(1, n)
-    most = budget // (vocab * sum(itemsizes))
-    while most > 0 and (taken := room(most)) > budget:  # rows are filled up to whole cache lines
-        most = min(most - 1, most * budget // taken)
+    # Fewer than the numbers alone would leave room for: rows are filled up to whole cache lines.
+    most = bisect.bisect_right(range(budget // (vocab * sum(itemsizes)) + 1), budget, key=room) - 1
     if most < 1:
         raise ValueError(
             f"workspace_bytes={budget} holds less than one row of {vocab} logits; "

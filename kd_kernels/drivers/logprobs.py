@@ -73,7 +73,7 @@ def walk_logprobs(
             g_entropy = problem.walked(upstream_entropy)
             if problem.kept is not None:
                 g_entropy = torch.where(problem.kept, g_entropy, 0.0)
-        if model.is_head and n > 0:
+        if model.is_head and g.numel() > 0:
             factor = _factor(g, g_entropy, temperature, problem)
 
     chunk, size = cut([side], n, vocab, device, problem.workspace_bytes, vocabulary_major)

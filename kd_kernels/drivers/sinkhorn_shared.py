@@ -188,21 +188,18 @@ class _Shared:
         u, v = job.phi_history[:, -1], job.psi_history[:, -1]
         by_row, by_column = self.through(u, v)
         d_phi, d_psi = job.d_phi + by_row, job.d_psi + by_column
-        # Of all steps at once, with the sign that a half-step's adjoint has and a product has not.
-        by_a, by_b = (
-            history / -_without_zeros(mass)[:, None]
-            for history, mass in ((job.phi_history, job.a), (job.psi_history, job.b))
-        )
+        # With the sign that a half-step's adjoint has and a product has not.
+        a, b = -_without_zeros(job.a), -_without_zeros(job.b)
         left, right = [], []  # factors of the cost's gradient
         for step in reversed(range(job.iterations)):
-            u_step = job.phi_history[:, step]
+            u_step, v_step = job.phi_history[:, step], job.psi_history[:, step]
             before = job.psi_history[:, step - 1] if step > 0 else self.start()
             job.d_b += d_psi
-            columns = by_b[:, step] * d_psi
+            columns = v_step * (d_psi / b)  # v / b alone may have no room
             from_columns = self.along_rows(columns, u_step)
             d_phi = from_columns if d_phi is None else d_phi + from_columns
             job.d_a += d_phi
-            rows = by_a[:, step] * d_phi
+            rows = u_step * (d_phi / a)
             if job.d_cost is not None:
                 left += [u_step, rows]
                 right += [columns, before]

@@ -52,11 +52,12 @@ def check_outcome(call: Call, numbers: Tensor) -> None:
     if not failed.numel():
         return
     first = int(failed[0])
-    cost = call.cost if call.cost.dim() == 2 else call.cost[first]
+    shared = call.cost.dim() == 2
+    cost = call.cost if shared else call.cost[first]
     inner = cost[call.a[first] > 0][:, call.b[first] > 0]
     # Before the status: what a kernel makes of NaN is its own affair.
     if bool((inner.isnan() | (inner == -torch.inf)).any()):
-        raise ValueError(f"cost holds NaN or -infinity in problem {first}")
+        raise ValueError(f"cost holds NaN or -infinity{'' if shared else f' in problem {first}'}")
     if numbers[first, P.STATUS] == P.INFEASIBLE:
         raise ValueError(
             f"problem {first} has a row or column with mass whose pairs are all forbidden (infinite cost, or "
@@ -67,7 +68,8 @@ def check_outcome(call: Call, numbers: Tensor) -> None:
         instead = ' in scalings; domain="log" (or "auto") takes any'
     if call.denominator:
         instead += ", without denominator_eps"
-    raise ValueError(f"problem {first} has costs too far apart for this epsilon{instead}")
+    whose = "cost" if shared else f"problem {first}"
+    raise ValueError(f"{whose} has entries too far apart for this epsilon{instead}")
 
 
 def _forward(*arguments):
