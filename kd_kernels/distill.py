@@ -335,7 +335,9 @@ def _check_types(
     logits_dtype: Optional[torch.dtype],
 ) -> None:
     for name, weight in (("soft_weight", soft_weight), ("hard_weight", hard_weight)):
-        if not isinstance(weight, (int, float)) and not isinstance(weight, numbers.Real):
+        if isinstance(weight, bool) or (
+            not isinstance(weight, (int, float)) and not isinstance(weight, numbers.Real)
+        ):
             raise TypeError(
                 f"{name} must be a number, got {type(weight).__name__}; weights per token go in token_weight"
             )

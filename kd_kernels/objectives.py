@@ -41,7 +41,8 @@ class Objective:
         # A comparison would make the number a constant of a compiled graph; the op checks again.
         if not torch.compiler.is_compiling():
             first = self.parameters()[0]
-            if self.name != "weighted_kl" and not isinstance(first, numbers.Real):
+            number = isinstance(first, numbers.Real) and not isinstance(first, bool)
+            if self.name != "weighted_kl" and not number:
                 name = self.parameter_names[0]
                 raise TypeError(f"{type(self).__name__}: {name} must be a number, got {type(first).__name__}")
             self.check(first)

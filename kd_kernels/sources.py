@@ -58,6 +58,8 @@ def _check_shaping(owner: str, scale: float, softcap: Optional[float]) -> None:
     for name, value in (("scale", scale), ("softcap", softcap)):
         if isinstance(value, Tensor):
             raise TypeError(f"{owner}: {name} must be a number, got a tensor; use {name}.item()")
+        if isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} must be a number, got {value}")
     if not abs(scale) < float("inf"):
         raise ValueError(f"{owner}: scale must be finite, got {scale}")
     if softcap is not None and not 1e-30 < softcap < float("inf"):
