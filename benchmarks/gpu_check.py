@@ -32,8 +32,8 @@ import gpu_profile  # noqa: E402
 import gpu_transport  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
-from gpu_cuda import within  # noqa: E402
 from harness import Timed, run_rounds  # noqa: E402
+from processes import within  # noqa: E402
 from record import Row, git_state, versions  # noqa: E402
 from workloads import Shape  # noqa: E402
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from harness import Timed, run_rounds  # noqa: E402
+from processes import within  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import kd_kernels as kd  # noqa: E402
@@ -92,17 +91,6 @@ def times(vocab: int, dtype: torch.dtype) -> dict[str, object]:
         spread = provider.spread()
         found[provider.name] = round(1e3 * spread.median, 3) if spread else provider.failure
     return found
-
-
-def within(seconds: float, command: list[str], **options: Any) -> Optional[int]:
-    """The exit status of a command run in the repository; None where time ran out: what it has started is
-    stopped too, or it would be on the GPU during the next measurement."""
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options) as process:
-        try:
-            return process.wait(timeout=max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return None
 
 
 def sanitized(out: Path, left: Callable[[], float]) -> dict[str, str]:

@@ -17,6 +17,11 @@ Scalar = Union[float, Tensor]
 # --- checks -------------------------------------------------------------------------------------------
 
 
+def is_number(value: object) -> bool:
+    """Not True, which is an int to Python. int and float by name: a compiler follows no abstract class."""
+    return not isinstance(value, bool) and isinstance(value, (int, float, numbers.Real))
+
+
 def refuse_transforms(function: str, *tensors: Optional[Tensor]) -> None:
     if torch.compiler.is_compiling():
         return
@@ -174,9 +179,7 @@ def shaping(*sources: Source) -> list[Tensor]:
 def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
     """A number as a 0-d tensor, a tensor checked and flattened to ``[N]``; float64."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or (
-            not isinstance(value, (int, float)) and not isinstance(value, numbers.Real)
-        ):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
         return number(value)
     if value.requires_grad and torch.is_grad_enabled():

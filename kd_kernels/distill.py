@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from typing import NamedTuple, Optional
 
 import torch
@@ -17,6 +16,7 @@ from kd_kernels.arguments import (
     check_sources,
     count,
     detached,
+    is_number,
     number,
     per_token,
     refuse_transforms,
@@ -335,9 +335,7 @@ def _check_types(
     logits_dtype: Optional[torch.dtype],
 ) -> None:
     for name, weight in (("soft_weight", soft_weight), ("hard_weight", hard_weight)):
-        if isinstance(weight, bool) or (
-            not isinstance(weight, (int, float)) and not isinstance(weight, numbers.Real)
-        ):
+        if not is_number(weight):
             raise TypeError(
                 f"{name} must be a number, got {type(weight).__name__}; weights per token go in token_weight"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -17,6 +16,7 @@ from kd_kernels.arguments import (
     check_resources,
     check_sources,
     detached,
+    is_number,
     per_token,
     refuse_transforms,
 )
@@ -189,7 +189,7 @@ def _two_numbers(weights: Sequence[float]) -> tuple[float, ...]:
 def _of_pairs(name: str, value: Scalar, lead: torch.Size, device: torch.device) -> Tensor:
     """A number, or one per pair, as ``[P]``; differentiable."""
     if not isinstance(value, Tensor):
-        if not isinstance(value, numbers.Real):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
         return torch.full((lead.numel(),), float(value), dtype=torch.float64, device=device)
     if value.dim() > 0:

@@ -8,12 +8,12 @@ class carries its parameters, its formula and where the formula comes from; the 
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import ClassVar, Optional, Union
 
 import torch
 
+from kd_kernels.arguments import is_number
 from kd_kernels.sources import Shown
 
 Weight = Union[float, torch.Tensor]
@@ -41,8 +41,7 @@ class Objective:
         # A comparison would make the number a constant of a compiled graph; the op checks again.
         if not torch.compiler.is_compiling():
             first = self.parameters()[0]
-            number = isinstance(first, numbers.Real) and not isinstance(first, bool)
-            if self.name != "weighted_kl" and not number:
+            if self.name != "weighted_kl" and not is_number(first):
                 name = self.parameter_names[0]
                 raise TypeError(f"{type(self).__name__}: {name} must be a number, got {type(first).__name__}")
             self.check(first)
@@ -260,7 +259,7 @@ class SinkhornBatch(Objective):
             value = getattr(self, name)
             if name == "tolerance" and value is None:
                 continue
-            if not isinstance(value, numbers.Real):
+            if not is_number(value):
                 raise TypeError(f"SinkhornBatch: {name} must be a number, got {type(value).__name__}")
             if not torch.compiler.is_compiling() and not 0 < value < float("inf"):
                 raise ValueError(f"SinkhornBatch: {name} must be finite and > 0, got {value}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
+from kd_kernels.arguments import is_number
 from kd_kernels.sources import FLOATING
 
 
@@ -36,7 +36,7 @@ def check_points_mask(name: str, mask: Tensor, points: Tensor) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # A comparison would make the number a constant of a compiled graph.
     if not torch.compiler.is_compiling() and not 0 < value < math.inf:

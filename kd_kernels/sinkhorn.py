@@ -227,7 +227,7 @@ def class_cost(
     if torch.compiler.is_compiling() or cost.device.type != "cpu" or bool(least != 0):
         cost = cost - least
     transport, found, *_ = _class_cost(
-        *(saveable(x) for x in (cost, a, b)),
+        *(saveable(x) for x in (a, b, cost)),
         number(epsilon).repeat(iterations),
         number(denominator),
         P.DOMAINS.index(domain),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
@@ -16,6 +15,7 @@ from kd_kernels.arguments import (
     check_source,
     detached,
     flat_ids,
+    is_number,
     number,
     refuse_transforms,
     shaping,
@@ -304,9 +304,7 @@ def _temperatures(temperature: Union[float, Sequence[float]]) -> tuple[Tensor, b
         raise ValueError("temperature must hold at least one number, got an empty sequence")
     values = temperature if many else [temperature]
     for value in values:
-        if isinstance(value, bool) or (
-            not isinstance(value, (int, float)) and not isinstance(value, numbers.Real)
-        ):
+        if not is_number(value):
             raise TypeError(
                 f"temperature must be a number, or a list or tuple of numbers, got "
                 f"{type(value).__name__}; of a tensor or an array use .tolist()"

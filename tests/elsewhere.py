@@ -1,5 +1,6 @@
 """A device that is not there: meta tensors in its place, kernels that do nothing, and a watch on what would
-make the host wait for it. What a driver does around its kernels is the same on every device but the CPU."""
+make the host wait for it. What a driver does around its kernels is the same on every device but the CPU,
+apart from branches for CUDA alone (products, scaling): those are for a GPU to show."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ def test_op(call):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_op_of_the_backward_pass(dtype):
-    made = torch.ops.kd_kernels.points_backward, (torch.tensor(0.7), X.detach(), dtype, "relational")
+    made = torch.ops.kd_kernels.found_gradient, (torch.tensor(0.7), X.detach(), dtype, "relational")
     torch.library.opcheck(*made)
     assert torch.equal(made[0](*made[1]), (0.7 * X).to(dtype))
 

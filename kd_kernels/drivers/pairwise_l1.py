@@ -123,7 +123,7 @@ def carry_back(problem: PairwiseProblem, found: Distances, d_cost: Tensor) -> li
     of_teacher = torch.where(silent, 0.0, d_cost * (found.cost - found.signs)).sum(1)
     of_student = torch.where(silent, 0.0, d_cost * found.signs).sum(2)
     walk = _Walk(problem, gradients=True)
-    factor = walk.common_factor(d_cost)
+    factor = walk.factor(d_cost)
     job = walk.job(
         d_cost=(d_cost / factor).contiguous(),
         student_means=(problem.packed(of_student) / factor).contiguous(),
@@ -237,7 +237,7 @@ class _Walk:
                 ]
                 yield _Slab(start, stop, stop - start == self.vocab, workspace, *rows)
 
-    def common_factor(self, d_cost: Tensor) -> Tensor:
+    def factor(self, d_cost: Tensor) -> Tensor:
         """See ``drivers/factor.py``. Without any head 1: gradients of existing logits are final as they are
         written."""
         top = d_cost.new_zeros(())
