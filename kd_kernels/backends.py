@@ -13,7 +13,7 @@ from typing import Optional
 
 import torch
 
-from kd_kernels import native, native_cuda, triton_runtime, triton_transport
+from kd_kernels import native, native_cuda, triton_runtime, triton_topk, triton_transport
 from kd_kernels.reference.angle import angle as reference_angle
 from kd_kernels.reference.distance import distance as reference_distance
 from kd_kernels.reference.gather import gather as reference_gather
@@ -80,9 +80,7 @@ TABLE: dict[str, dict[str, Offer]] = {
     "gather": _offers(native.gather, triton_runtime.gather, reference_gather),
     # torch.sort is the well-kept sort of a GPU.
     "sorted_l1": _offers(native.sorted_l1, reference_sorted_l1, reference_sorted_l1),
-    "topk": _offers(
-        native.topk, triton_runtime.topk, reference_topk, triton_objections=triton_runtime.why_not_topk
-    ),
+    "topk": _offers(native.topk, triton_topk.topk, reference_topk, triton_objections=triton_topk.why_not),
     "angle": _offers(native.angle, triton_runtime.angle, reference_angle),
     "distance": _offers(native.distance, triton_runtime.distance, reference_distance),
     "pairwise_l1": _offers(native.pairwise_l1, triton_transport.pairwise_l1, reference_pairwise_l1),

@@ -20,7 +20,6 @@ from kd_kernels.rows import (
     GatherJob,
     RowJob,
     Rows,
-    TopkJob,
 )
 
 ALIGNMENT = 8  # numbers: 16 bytes of bfloat16, the widest load
@@ -61,12 +60,6 @@ REGISTERS, MANY_REGISTERS, MOST_REGISTERS = 128, 160, 255
 def row_registers(objective: str, labels: bool, teacher_grad: bool) -> int:
     many = ("weighted_kl", "skew_kl", "skew_reverse_kl")
     return MANY_REGISTERS if objective in many and labels and teacher_grad else REGISTERS
-
-
-def topk_registers(k: int, wide: bool) -> int:
-    if k > 512 and wide:
-        return MOST_REGISTERS
-    return MANY_REGISTERS if k > 512 or wide else REGISTERS
 
 
 _ALL_REGISTERS = 65536  # of a multiprocessor
@@ -141,14 +134,6 @@ def why_not(device: torch.device) -> list[str]:
     if device.type == "cpu" and not type(kernel).__name__.startswith("Interpreted"):
         return ["TRITON_INTERPRET was set after the kernels had been loaded; set it before"]
     return []
-
-
-def why_not_topk(device: torch.device, k: int = 0) -> list[str]:
-    """The same of the topk kernel, for the ``k`` largest."""
-    reasons = why_not(device)
-    if k > _MOST_ENTRIES:
-        reasons = [*reasons, f"keeps {_MOST_ENTRIES} entries of a row at most, {k} are wanted"]
-    return reasons
 
 
 def split(value: float) -> tuple[float, float]:
@@ -263,91 +248,6 @@ def gather(job: GatherJob, phases: int) -> None:
             **row_tile(block, wide),
             F=module.tl.float64 if wide else module.tl.float32,
             **options(num_warps),
-        )
-
-
-_TARGETS_AT_A_TIME = 2  # each costs a counter a lane
-_MOST_ENTRIES = 1024  # beyond it the buffer of candidates no longer fits in one program's registers
-
-
-def topk_configuration(vocab: int, k: int, temperatures: int, wide: bool) -> tuple[Configuration, int]:
-    """How the topk kernel walks a row, and how many candidates its buffer holds."""
-    block, num_warps = configuration(vocab, wide)
-    # Each temperature has sums of its own: with fewer lanes they take the same registers.
-    block = max(block // power_of_two(temperatures), 16)
-    kept = power_of_two(k)
-    if kept == block:  # a block must leave room beside what is kept, or every newcomer makes a cut
-        block //= 2
-    capacity = 2 * max(block, kept)
-    # Eight candidates a thread (in float64 four): more spill. Many in float64 are eight a thread too, for
-    # which 8 warps have the registers that 16 have not.
-    threads = capacity // (4 if wide else 8)
-    return Configuration(block, min(max(num_warps, threads // 32), 8 if wide else 16)), capacity
-
-
-def topk_constants(
-    vocab: int, k: int, temperatures: int, targets: int, draws: int, wide: bool
-) -> tuple[dict, int]:
-    """What a launch of the topk kernel is compiled for, but for its logits; and the number of warps."""
-    language = kernels().topk.tl
-    (block, num_warps), capacity = topk_configuration(vocab, k, temperatures, wide)
-    width = row_tile(block, wide)["WIDTH"]
-    constants = {
-        "KEEP": k > 0,
-        "RANKED": targets > 0,
-        "DRAWS": draws > 0,
-        "P": min(power_of_two(k), max(block // 4, 64)),
-        "MP": power_of_two(temperatures),
-        "RP": min(power_of_two(targets), _TARGETS_AT_A_TIME),
-        "CAPACITY": capacity,
-        "WIDTH": width,
-        "LANES": block // width,
-        "F": language.float64 if wide else language.float32,
-    }
-    return constants, num_warps
-
-
-def topk(job: TopkJob) -> None:
-    """:func:`kd_kernels.reference.topk` in Triton, one program a row; row-major only, ``k`` that
-    :func:`why_not_topk` does not object to."""
-    if job.n == 0:
-        return
-    module = kernels().topk
-    wide = job.side.logits.dtype == torch.float64
-    k, draws, targets = job.ids.shape[1], job.uniforms.shape[1], job.targets.shape[1]
-    temperatures = job.temperatures.numel()
-    constants, num_warps = topk_constants(job.vocab, k, temperatures, targets, draws, wide)
-    blocks = -(-job.vocab // (constants["LANES"] * constants["WIDTH"]))
-    scratch = functools.partial(torch.empty, device=job.statistics.device)
-    candidates = scratch(job.n, constants["CAPACITY"] if k else 0, dtype=torch.int32)
-    masses = scratch(job.n, 2, blocks if draws else 0, dtype=torch.float64)
-    with on(job.statistics):
-        module.topk[(job.n,)](
-            job.side.logits,
-            job.side.offsets,
-            *split(job.side.scale),
-            *split(job.side.softcap),
-            job.temperatures,
-            job.ids,
-            job.values,
-            job.statistics,
-            job.targets,
-            job.target_values,
-            job.target_ranks,
-            job.uniforms,
-            job.samples,
-            candidates,
-            masses,
-            k,
-            temperatures,
-            targets,
-            draws,
-            job.vocab,
-            CAPPED=job.side.softcap != 0,
-            SCALED=job.side.scale != 1,
-            ALIGNMENT=ALIGNMENT if job.side.multiple % ALIGNMENT == 0 else 1,
-            **constants,
-            **options(num_warps, registers=topk_registers(k, wide)),
         )
 
 

@@ -9,6 +9,7 @@ from jobs import widened as wide_job
 import kd_kernels as kd
 from kd_kernels import rows as R
 from kd_kernels import triton_runtime as runtime
+from kd_kernels import triton_topk
 from kd_kernels.backends import TABLE
 from kd_kernels.reference.topk import topk as reference
 
@@ -114,9 +115,12 @@ def test_small_vocabularies(name, vocab, k):
 @pytest.mark.parametrize("k", [5, 20])
 def test_order_of_equal_entries(name, k, monkeypatch):
     """By id ascending, across blocks, at the end of the k too, and for -0 and 0; many cuts of the buffer."""
-    monkeypatch.setattr(
-        runtime, "topk_configuration", lambda *shape: (runtime.Configuration(16, 1), 32 if k == 5 else 64)
-    )
+    usual = triton_topk.largest_launch
+
+    def small(*shape):
+        return triton_topk.Launch(usual(*shape).constants | {"P": 4, "BLOCK": 32, "CAPACITY": 64}, 1)
+
+    monkeypatch.setattr(triton_topk, "largest_launch", small)
     ramp = torch.arange(VOCAB, dtype=torch.float64) / 64
     z = torch.stack(
         [
@@ -235,13 +239,42 @@ def test_large_blocks_of_triton(wide):
     check(topk_job(rows, vocab, 40, targets=2, draws=2), "triton")
 
 
+@pytest.mark.parametrize("vocab", [70001, 140003])
+def test_groups_of_several_runs_of_triton(vocab):
+    """In the order of the ids too, where groups are largest in turn; and where one has all of the largest."""
+    z = logits(2, vocab).round()
+    z[1] = torch.arange(vocab) / 4096
+    launch = triton_topk.walk_launch(vocab, 1, 1, wide=False)
+    assert launch.constants["RUNS"] == (2 if vocab < 2**17 else 4)
+    check(topk_job(side(z, torch.float32), vocab, 40, (0.9, 2.0), targets=3, draws=3), "triton")
+
+
+def test_scratch_of_triton_is_bounded(monkeypatch):
+    """Rows beyond it wait for the next launch; the results are the same bits."""
+    job = topk_job(side(logits(9), torch.float32), VOCAB, 5, (1.0, 0.5), targets=2, draws=3)
+    triton_topk.topk(job)
+    want = {name: getattr(job, name).clone() for name in ("ids", "values", "statistics", "samples")}
+    rows, largest = [], triton_topk._launch
+    monkeypatch.setattr(triton_topk, "_launch", lambda job, *rest: rows.append(job.n) or largest(job, *rest))
+    monkeypatch.setattr(triton_topk, "_SCRATCH", 0)
+    monkeypatch.setattr(triton_topk, "_ROWS", 4)
+    job.ids.fill_(7), job.values.fill_(7), job.statistics.fill_(7), job.samples.fill_(7)
+    triton_topk.topk(job)
+    assert rows == [4, 4, 1]
+    assert all(torch.equal(getattr(job, name), values) for name, values in want.items())
+
+
 def test_the_buffer_of_candidates_always_has_room():
-    for k in (0, 1, 15, 64, 65, 1000, 1024):
-        for vocab in (100, 151936):
+    for k in (1, 15, 64, 65, 512, 1000, 1024):
+        for vocab in (1, 100, 32000, 151936, 2**20, 2**23):
             for temperatures in (1, 3, 20):
-                (block, _), capacity = runtime.topk_configuration(vocab, k, temperatures, wide=False)
-                assert capacity >= runtime.power_of_two(k) + 1.5 * block
-                assert capacity & (capacity - 1) == 0
+                for wide in (False, True):
+                    group = triton_topk.group_of(triton_topk.walk_launch(vocab, temperatures, 1, wide))
+                    plan = triton_topk.largest_launch(vocab, k, group, wide).constants
+                    block, capacity = plan["BLOCK"], plan["CAPACITY"]
+                    assert block % group == 0 and plan["GP"] * group >= vocab
+                    assert capacity >= runtime.power_of_two(k) + 1.5 * block and plan["MANY"] >= k
+                    assert capacity & (capacity - 1) == 0
 
 
 @pytest.mark.parametrize("call", ["linear_topk", "sorted"])

@@ -12,6 +12,7 @@ from plain import compare
 import kd_kernels as kd
 from kd_kernels import rows as R
 from kd_kernels import triton_runtime as runtime
+from kd_kernels import triton_topk
 from kd_kernels.backends import TABLE
 from kd_kernels.reference.dense import dense_distill
 
@@ -104,26 +105,29 @@ def test_no_recompilation_per_value(monkeypatch):
     assert len(recorder.seen) == 2
 
 
-@pytest.mark.parametrize("op", ["gather", "topk"])
-def test_no_recompilation_per_value_of_the_sparse_kernels(op, monkeypatch):
+@pytest.mark.parametrize("name", ["gather", "walk", "largest", "draw"])
+def test_no_recompilation_per_value_of_the_sparse_kernels(name, monkeypatch):
     """Also numbers of ids up to the same power of two, of targets and of draws are run-time arguments."""
-    recorder = _Recorder()
-    monkeypatch.setattr(getattr(runtime._load()[0], op), op, recorder)
+    recorder, op = _Recorder(), "gather" if name == "gather" else "topk"
+    for kernel in ("gather",) if op == "gather" else ("walk", "largest", "draw"):
+        other = recorder if kernel == name else _Recorder()
+        monkeypatch.setattr(getattr(runtime._load()[0], op), kernel, other)
 
     def call(vocab: int, n: int, k: int, scale: float, softcap: float, some: int) -> None:
         rows = side(torch.randn(n, vocab), torch.float32, scale=scale, softcap=softcap, grad="elsewhere")
         if op == "gather":
             runtime.gather(gather_job(rows, ids_for(n, vocab, k, unused=False), vocab), R.STATISTICS)
         else:
-            runtime.topk(topk_job(rows, vocab, k, (scale,), targets=some, draws=some))
+            triton_topk.topk(topk_job(rows, vocab, k, (scale,), targets=some, draws=some))
 
     call(4800, 3, 64, 1.3, 30.0, 2)
     call(6400, 5, 33, 0.5, 20.0, 7)
     call(32000, 2, 50, 0.7, 50.0, 16)
     assert len(recorder.seen) == 1
     call(32000, 2, 65, 0.7, 50.0, 16)
+    assert len(recorder.seen) == (2 if name in ("gather", "largest") else 1)
     call(32000, 2, 50, 1.0, 50.0, 16)  # nothing to multiply by
-    assert len(recorder.seen) == 3
+    assert len(recorder.seen) == {"gather": 3, "walk": 2, "largest": 2, "draw": 1}[name]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)

@@ -26,7 +26,7 @@ from kd_kernels.triton_kernels import row_divergence as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kd_kernels import triton_runtime, triton_transport
+from kd_kernels import triton_runtime, triton_topk, triton_transport
 from kd_kernels.objectives import CATALOGUE
 
 TARGETS = {
@@ -46,7 +46,10 @@ COUNTS = (
 )
 MULTIPLES_OF_16 = ("vocab", "stride", "width")
 # Pointers to numbers in the type of the arithmetic.
-SCRATCH = ("own", "others", "weights", "balance", "gradient", "out", "sums", "cost", "signs")
+SCRATCH = (
+    *("own", "others", "weights", "balance", "gradient", "out", "sums", "cost", "signs"),
+    *("tops", "masses", "means"),
+)
 TABLE = Path(__file__).with_suffix(".json")
 
 
@@ -99,14 +102,25 @@ def gather_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[AST
     return _ast(gather.gather, constants, dtype), num_warps
 
 
-def topk_source(k: int, dtype: str, vocab: int, everything: bool) -> tuple[ASTSource, int]:
-    """The topk kernel for K entries: for a teacher's cache, or ``everything`` it can do at once."""
+def topk_sources(k: int, dtype: str, vocab: int, everything: bool) -> Iterator[tuple[str, ASTSource, int]]:
+    """The topk kernels for K entries: for a teacher's cache, or ``everything`` they can do at once."""
     wide = dtype == "float64"
-    constants, num_warps = triton_runtime.topk_constants(
-        vocab, k, 3 if everything and k == IDS[0] else 1, 8 if everything else 1, 50 * everything, wide
+    walk = triton_topk.walk_launch(
+        vocab, 3 if everything and k == IDS[0] else 1, 8 if everything else 1, wide
     )
-    constants |= {"CAPPED": everything, "SCALED": everything, "ALIGNMENT": 8}
-    return _ast(topk.topk, constants, dtype), num_warps
+    group = triton_topk.group_of(walk)
+    launches = {"largest": triton_topk.largest_launch(vocab, k, group, wide)}
+    if k == IDS[0]:
+        launches |= {"walk": walk, "draw": triton_topk.draw_launch(group)}
+    for name, launch in launches.items():
+        constants = launch.constants | {
+            "CAPPED": everything,
+            "ALIGNMENT": 8,
+            "F": topk.tl.float64 if wide else topk.tl.float32,
+        }
+        if name == "walk":
+            constants["SCALED"] = everything
+        yield name, _ast(getattr(topk, name), constants, dtype), launch.num_warps
 
 
 def angle_source(gradients: tuple[bool, bool]) -> tuple[ASTSource, int]:
@@ -235,7 +249,7 @@ def _ast(kernel, constants: dict, dtype: str) -> ASTSource:
             signature[name] = grad
         elif name.endswith("offsets") or name in ("labels", "targets", "starts"):
             signature[name] = "*i64"
-        elif name in ("ids", "samples", "candidates", "target_ranks"):
+        elif name in ("ids", "samples", "chosen", "candidates", "target_ranks"):
             signature[name] = "*i32"
         elif re.search("scale|softcap", name):
             signature[name] = "fp32"
@@ -316,10 +330,15 @@ def sources(kernel: str) -> Iterator[tuple[str, ASTSource, int]]:
                 if kernel in CATALOGUE:
                     yield f"{kernel} {dtype} {size} {what}", *source(kernel, dtype, vocab, everything)
                     continue
-                make = gather_source if kernel == "gather" else topk_source
                 for k in IDS:
-                    if (k, size) != (1024, "small"):
-                        yield f"{kernel} {k} {dtype} {size} {what}", *make(k, dtype, vocab, everything)
+                    if (k, size) == (1024, "small"):
+                        continue
+                    label = f"{k} {dtype} {size} {what}"
+                    if kernel == "gather":
+                        yield f"gather {label}", *gather_source(k, dtype, vocab, everything)
+                    else:
+                        for name, *launch in topk_sources(k, dtype, vocab, everything):
+                            yield f"{name} {label}", *launch
 
 
 def is_quick(target: str, kernel: str, position: int, label: str) -> bool:
@@ -350,8 +369,7 @@ def registers_of(kernel: str, label: str) -> int:
     if kernel == "half_step":
         return triton_transport.HALF_STEP_REGISTERS
     if kernel == "topk":
-        _, k, dtype, *_ = label.split()
-        return triton_runtime.topk_registers(int(k), dtype == "float64")
+        return triton_topk.registers(label.split()[0], "float64" in label)
     everything = label.endswith("everything")
     return triton_runtime.row_registers(kernel, everything, everything)
 

@@ -44,6 +44,20 @@ def pair_at(part, row, thread, column, SETS, OWN: tl.constexpr, OTHERS: tl.const
     return thread // ACROSS * OWN + row, (part * ACROSS + thread % ACROSS) * OTHERS + column
 
 
+@triton.jit
+def own_at(base, offset, OWN: tl.constexpr):
+    """Addresses of what lies side by side along OWN, the second of four dimensions, said to do so along the
+    threads too, the third: over those of which nothing is said the compiler lays threads in one order or the
+    other, as its version goes, and hands numbers from thread to thread for it."""
+    return tl.max_contiguous(base + offset, [1, OWN, max(OWN // 2, 1), 1])
+
+
+@triton.jit
+def others_at(base, offset, OTHERS: tl.constexpr):
+    """The same along the last dimension."""
+    return tl.max_contiguous(base + offset, [1, 1, max(OTHERS // 2, 1), OTHERS])
+
+
 @triton.jit(do_not_specialize=["lines", "tiles"])
 def probabilities(
     logits,
@@ -134,7 +148,8 @@ def pair_sums(
         for _ in range(first, tl.minimum(first + share, lines), UNROLL):
             for ahead in tl.static_range(UNROLL):
                 at = tl.multiple_of(line + ahead * stride, GRANULE)
-                p, q = tl.load(p_at + at), tl.load(q_at + at)
+                p = tl.load(own_at(p_at, at, OWN))
+                q = tl.load(others_at(q_at, at, OTHERS))
                 difference = p - q
                 distance += tl.abs(difference)
                 if SIGNS:
@@ -143,9 +158,9 @@ def pair_sums(
             line += UNROLL * stride
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         into = program * (TILE * TILE) + ((part * OWN + row) * THREADS + thread) * OTHERS + column
-        tl.store(cost + into, distance)
+        tl.store(others_at(cost, into, OTHERS), distance)
         if SIGNS:  # what is not above is below
-            tl.store(signs + into, 2.0 * above - mass)
+            tl.store(others_at(signs, into, OTHERS), 2.0 * above - mass)
 
 
 @triton.jit(do_not_specialize=["shares", "longest", "tiles"])
@@ -257,18 +272,19 @@ def pair_gradient(
         columns += tl.program_id(1) * (ACROSS * COLUMNS)
         held = columns < stride
         at, inside = (start + i) * stride + columns, (i < count) & held
-        p = tl.load(own + at, mask=inside, other=0.0)
+        p = tl.load(others_at(own, at, COLUMNS), mask=inside, other=0.0)
         halves = tl.zeros([SETS, OWN, THREADS, COLUMNS], F)  # of the sum of signs, and of all weights
-        weight_at, q_at = weights + group * longest * width + i, others + start * stride + columns
+        weights_at, q_at = weights + group * longest * width, others + start * stride
         for _ in range(count):
-            weight, q = tl.load(weight_at), tl.load(q_at, mask=held, other=0.0)
+            weight = tl.load(own_at(weights_at, i, OWN))
+            q = tl.load(others_at(q_at, columns, COLUMNS), mask=held, other=0.0)
             halves = tl.fma(tl.broadcast_to(weight, halves.shape), step(p - q), halves)
-            weight_at += width
+            weights_at += width
             q_at += stride
-        balance_at = balance + group * width + i
+        balance_at = own_at(balance + group * width, i, OWN)
         silent = tl.load(balance_at + groups.to(tl.int64) * width) == 0.0
         signed = 2.0 * halves - tl.load(balance_at)
-        tl.store(gradient + at, tl.where(silent, 0.0, p * signed), mask=inside)
+        tl.store(others_at(gradient, at, COLUMNS), tl.where(silent, 0.0, p * signed), mask=inside)
 
 
 @triton.jit

@@ -69,24 +69,15 @@ def add_exp_block(total, top, z, inverse_temperature):
 
 
 @triton.jit
-def join_exp_and_mean(total, weighted, moved, x):
-    """Lane sums of ``exp(x)`` and ``x exp(x)``, moved by ``moved``, with a block more along the last
-    dimension of ``x``. All of these are <= 0: nothing cancels."""
-    LAST: tl.constexpr = len(x.shape) - 1
-    exp, decay = exponential(x), exponential(moved)
-    joined = tl.sum(tl.where(exp == 0.0, 0.0, exp * x), LAST)
-    kept = tl.where(decay == 0.0, 0.0, decay * tl.fma(total, moved, weighted))
-    return tl.fma(total, decay, tl.sum(exp, LAST)), kept + joined
-
-
-@triton.jit
 def add_exp_and_mean_block(total, weighted, top, z, inverse_temperature):
     """:func:`add_exp_block`, and beside it lane sums of ``x exp(x)``, ``x = (z - top) / temperature``:
-    ``(total, weighted, top)``."""
+    ``(total, weighted, top)``. All of these are <= 0: nothing cancels."""
     new = tl.maximum(top, tl.max(z, 1))
     x, moved = (z - new[:, None]) * inverse_temperature, (top - new) * inverse_temperature
-    total, weighted = join_exp_and_mean(total, weighted, moved, x)
-    return total, weighted, new
+    exp, decay = exponential(x), exponential(moved)
+    joined = tl.sum(tl.where(exp == 0.0, 0.0, exp * x), 1)
+    kept = tl.where(decay == 0.0, 0.0, decay * tl.fma(total, moved, weighted))
+    return tl.fma(total, decay, tl.sum(exp, 1)), kept + joined, new
 
 
 @triton.jit
@@ -107,7 +98,7 @@ def log_sum(total, top, row_top, inverse_temperature):
 
 @triton.jit
 def row_mean_sum(total, weighted, top, row_top, inverse_temperature):
-    """A row's sum of ``x exp(x)`` relative to its largest logit, from :func:`join_exp_and_mean`; float64."""
+    """A row's sum of ``x exp(x)`` relative to its largest logit, from the lanes' sums; float64."""
     distance = (top - row_top) * inverse_temperature
     share = exponential(distance).to(tl.float64)
     moved = weighted.to(tl.float64) + total.to(tl.float64) * distance.to(tl.float64)
