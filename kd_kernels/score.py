@@ -19,7 +19,7 @@ from kd_kernels.arguments import (
     shaping,
     valid_tokens,
 )
-from kd_kernels.drivers.scoring import CONFIDENCE, ENTROPY, NLL
+from kd_kernels.drivers.score import CONFIDENCE, ENTROPY, NLL
 from kd_kernels.ops.score import score as score_op
 from kd_kernels.sources import Source, as_source
 

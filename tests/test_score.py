@@ -10,7 +10,7 @@ from watch import in_a_process
 
 import kd_kernels as kd
 from kd_kernels.backends import TABLE
-from kd_kernels.drivers import scoring
+from kd_kernels.drivers import score as driver
 from kd_kernels.drivers.sides import HeadSide
 from kd_kernels.reference.dense import divergence, logits_of
 
@@ -201,8 +201,8 @@ def test_chunking_changes_nothing(monkeypatch):
     sources = models()
     labels = labels_for(sources[0])
     once = kd.score(*sources, labels=labels, backend="cpu")
-    sizes, cut = [], scoring.cut
-    monkeypatch.setattr(scoring, "cut", lambda *args: sizes.append(cut(*args)) or sizes[-1])
+    sizes, cut = [], driver.cut
+    monkeypatch.setattr(driver, "cut", lambda *args: sizes.append(cut(*args)) or sizes[-1])
     for budget in (3 * 203 * 4 + 200, 9 * 203 * 4 + 600):  # three heads: one row each, three rows each
         parts = kd.score(*sources, labels=labels, workspace_bytes=budget, backend="cpu")
         assert sizes[-1][0] in (1, 3) and sizes[-1][1] <= budget

@@ -6,7 +6,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from kd_kernels.drivers.scoring import DIVERGENCES, MEASURES, Scoring, walk
+from kd_kernels.drivers.score import DIVERGENCES, MEASURES, Scoring, walk
 from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, checks_values
@@ -43,7 +43,7 @@ def score(
 
     Returns:
         measures ``[M, 3, N]``, top-1 ids ``[M, N]``, divergences ``[M - 1, 3, N]``: see
-        :class:`kd_kernels.drivers.scoring.Measured`.
+        :class:`kd_kernels.drivers.score.Measured`.
     """
     *shaping, temperature = scalars.tolist()
     models = [
