@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Optional, Union
 
@@ -20,6 +21,24 @@ Scalar = Union[float, Tensor]
 def is_number(value: object) -> bool:
     """Not True, which is an int to Python. int and float by name: a compiler follows no abstract class."""
     return not isinstance(value, bool) and isinstance(value, (int, float, numbers.Real))
+
+
+def check_positive(name: str, value: float) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # A comparison would make the number a constant of a compiled graph.
+    if not torch.compiler.is_compiling() and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+
+
+def check_backend(backend: Optional[str]) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {backend!r}")
 
 
 def refuse_transforms(function: str, *tensors: Optional[Tensor]) -> None:
@@ -88,8 +107,7 @@ def check_resources(
 ) -> None:
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a name or None, got {backend!r}")
+    check_backend(backend)
     if workspace_bytes is not None and not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):

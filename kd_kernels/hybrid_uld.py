@@ -13,6 +13,8 @@ from torch import Tensor
 from kd_kernels.arguments import (
     Scalar,
     check_per_token,
+    check_positive,
+    check_reduction,
     check_resources,
     check_sources,
     detached,
@@ -24,7 +26,6 @@ from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of
 from kd_kernels.distill import distill
 from kd_kernels.objectives import JensenShannon, SortedWasserstein
 from kd_kernels.ops.checks import checks_values
-from kd_kernels.points import check_positive, check_reduction
 from kd_kernels.sources import Source, as_source, result_dtype
 
 # A matched token's probability counts as at least this, as in TRL, and without gradient below.

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_kernels.arguments import check_per_token, check_source, detached, refuse_transforms
-from kd_kernels.points import check_positive
+from kd_kernels.arguments import check_per_token, check_positive, check_source, detached, refuse_transforms
 from kd_kernels.sources import Source, as_source, result_dtype
 from kd_kernels.standardised import Standardised
 from kd_kernels.transport import sequence_transport

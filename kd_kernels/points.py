@@ -1,13 +1,10 @@
-"""What the losses between points have in common: checks, and the precision they work in."""
+"""Checks of points and their masks, which the losses between points share."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import is_number
 from kd_kernels.sources import FLOATING
 
 
@@ -33,16 +30,3 @@ def check_points_mask(name: str, mask: Tensor, points: Tensor) -> None:
         raise ValueError(f"{name} must have the shape {tuple(points.shape[:-1])}, got {tuple(mask.shape)}")
     if mask.device != points.device:
         raise ValueError(f"{name} is on {mask.device}, the points on {points.device}")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # A comparison would make the number a constant of a compiled graph.
-    if not torch.compiler.is_compiling() and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")

@@ -8,10 +8,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import number, refuse_transforms
+from kd_kernels.arguments import check_backend, check_positive, number, refuse_transforms
 from kd_kernels.ops.angle import angle as _angle
 from kd_kernels.ops.distance import distance as _distance
-from kd_kernels.points import check_points, check_points_mask, check_positive
+from kd_kernels.points import check_points, check_points_mask
 
 
 def relational_distance(
@@ -110,8 +110,7 @@ def _check(
     if mask is not None:
         check_points_mask("mask", mask, student)
     check_positive("beta", beta)
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a name or None, got {backend!r}")
+    check_backend(backend)
     refuse_transforms(f"kd_kernels.{function}", student, teacher)
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from kd_kernels import problems as P
-from kd_kernels.arguments import number, refuse_transforms, saveable
+from kd_kernels.arguments import check_backend, check_positive, number, refuse_transforms, saveable
 from kd_kernels.ops.checks import checks_values
 from kd_kernels.ops.class_cost import class_cost as _class_cost
 from kd_kernels.ops.sinkhorn import sinkhorn as _op
-from kd_kernels.points import check_positive
 from kd_kernels.sources import Shown
 
 ORDERS, MASSES = ("rows_columns", "columns_rows"), ("probability", "unit")
@@ -267,8 +266,7 @@ def _check_options(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a name or None, got {backend!r}")
+    check_backend(backend)
 
 
 def _pair(lengths: Union[Tensor, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

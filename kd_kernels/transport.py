@@ -9,14 +9,15 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import check_resources, refuse_transforms, saveable
-from kd_kernels.ops.checks import IGNORED, check_range, checks_values
-from kd_kernels.points import (
-    check_points,
-    check_points_mask,
+from kd_kernels.arguments import (
     check_positive,
     check_reduction,
+    check_resources,
+    refuse_transforms,
+    saveable,
 )
+from kd_kernels.ops.checks import IGNORED, check_range, checks_values
+from kd_kernels.points import check_points, check_points_mask
 from kd_kernels.sinkhorn import ORDERS, apart_from_nan, class_cost, sinkhorn
 from kd_kernels.sources import result_dtype
 
