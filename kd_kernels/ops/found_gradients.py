@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from kd_kernels.ops.backward import in_place
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
@@ -20,21 +21,20 @@ def differentiated(
     ``results`` tensors the last two are these gradients, the first is what they are of: one number, or one
     for each of the gradients' rows. ``function`` is what a caller knows it as.
     """
-    arguments = names(call)
+    count = len(names(call))
 
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.dtypes = inputs[-1], [x.dtype for x in inputs[:2]]
+        ctx.needs = inputs[-1]
+        ctx.dtypes = [x.dtype for x, wanted in zip(inputs, ctx.needs) if wanted]
         ctx.save_for_backward(*(g for g, wanted in zip(output[-2:], ctx.needs) if wanted))
 
     def backward(ctx, upstream, *others):
-        made = [None] * len(arguments)
-        if upstream is not None:  # the other results carry no gradient
-            saved = iter(ctx.saved_tensors)
-            for i, (dtype, wanted) in enumerate(zip(ctx.dtypes, ctx.needs)):
-                if wanted:
-                    made[i] = torch.ops.kd_kernels.found_gradient(upstream, next(saved), dtype, function)
-        return tuple(made)
+        if upstream is None:  # the other results carry no gradient
+            return (None,) * count
+        scale = torch.ops.kd_kernels.found_gradient
+        made = (scale(upstream, g, dtype, function) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return in_place(made, ctx.needs, count)
 
     schema = f"({call}) -> ({', '.join(['Tensor'] * results)})"
     made = torch.library.custom_op(f"kd_kernels::{op}", forward, mutates_args=(), schema=schema)

@@ -1,12 +1,12 @@
 """Log-probabilities of given ids and entropies, as torch ops: forward, and a backward that recomputes."""
 
 import torch
-from torch import Tensor
 
 from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
 from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.tokens import counted
+from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
 from kd_kernels.ops.checks import check_range, check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -18,7 +18,6 @@ _CALL = """
     ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes, bool compact,
     bool[] needs"""
 _ARGUMENTS = names(_CALL)
-_DIFFERENTIABLE = 3  # the first three
 
 
 def _unpack(call: dict, gradients: bool) -> LogprobProblem:
@@ -100,37 +99,27 @@ def linear_logprobs_backward(upstream, upstream_entropy, *arguments):
 
 @linear_logprobs_backward.register_fake
 def _(upstream, upstream_entropy, *args):
-    needs = args[-1]
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, wanted in zip(args, needs) if wanted]
+    return shapes_of(args, needs=args[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.shape = output[0].shape
-    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
-    ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
+    keep(ctx, inputs)
 
 
 def _backward(ctx, upstream, upstream_entropy):
     if upstream is None and upstream_entropy is None:
         return (None,) * len(_ARGUMENTS)
-    remaining = iter(ctx.saved_tensors)
-    inputs = [next(remaining) if x is None else x[0] for x in ctx.rest]
+    _, inputs = kept(ctx)
     call = dict(zip(_ARGUMENTS, inputs))
     if upstream is None:
-        upstream = upstream_entropy.new_zeros(ctx.shape)
+        upstream = upstream_entropy.new_zeros(call["ids"].shape)
     if not call["entropy"]:
         upstream_entropy = None
-    gradients = iter(torch.ops.kd_kernels.linear_logprobs_backward(upstream, upstream_entropy, *inputs))
-    first = [next(gradients) if wanted else None for wanted in call["needs"]]
-    return (*first, *(None,) * (len(_ARGUMENTS) - _DIFFERENTIABLE))
-
-
-def _double_backward(ctx, *gradients):
-    raise RuntimeError("kd_kernels.linear_logprobs: double backward is not implemented")
+    gradients = torch.ops.kd_kernels.linear_logprobs_backward(upstream, upstream_entropy, *inputs)
+    return in_place(gradients, call["needs"], len(inputs))
 
 
 linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
-linear_logprobs_backward.register_autograd(_double_backward)
+refuse_double_backward(linear_logprobs_backward, "linear_logprobs")
 
 linear_logprobs = direct(linear_logprobs_op, _forward, _backward, _setup_context)

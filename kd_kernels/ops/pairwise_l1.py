@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kd_kernels.drivers.pairwise_l1 import Distances, PairwiseProblem, carry_back, measure
 from kd_kernels.drivers.sides import Model
+from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
 from kd_kernels.ops.checks import check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -17,7 +18,6 @@ _CALL = """
     Tensor scalars, ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes,
     bool compact, bool[] needs"""
 _ARGUMENTS = names(_CALL)
-_DIFFERENTIABLE = 6  # the first six
 _STATISTICS = 4  # columns
 
 
@@ -112,33 +112,22 @@ def pairwise_l1_backward(d_cost, cost, signs, statistics, *arguments):
 
 @pairwise_l1_backward.register_fake
 def _(d_cost, cost, signs, statistics, *args):
-    needs = args[-1]
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, wanted in zip(args, needs) if wanted]
+    return shapes_of(args, needs=args[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
-    ctx.save_for_backward(*output, *[x for x in inputs if isinstance(x, Tensor)])
+    keep(ctx, inputs, *output)
 
 
 def _backward(ctx, d_cost, d_signs, d_statistics):
     if d_cost is None:
         return (None,) * len(_ARGUMENTS)
-    saved = ctx.saved_tensors
-    made, remaining = saved[:3], iter(saved[3:])
-    inputs = [next(remaining) if x is None else x[0] for x in ctx.rest]
-    needs = inputs[-1]
-    gradients = iter(torch.ops.kd_kernels.pairwise_l1_backward(d_cost, *made, *inputs))
-    first = [next(gradients) if wanted else None for wanted in needs]
-    return (*first, *(None,) * (len(_ARGUMENTS) - _DIFFERENTIABLE))
-
-
-def _double_backward(ctx, *gradients):
-    raise RuntimeError("kd_kernels.distill: double backward is not implemented")
+    made, inputs = kept(ctx)
+    gradients = torch.ops.kd_kernels.pairwise_l1_backward(d_cost, *made, *inputs)
+    return in_place(gradients, inputs[-1], len(inputs))
 
 
 pairwise_l1_op.register_autograd(_backward, setup_context=_setup_context)
-pairwise_l1_backward.register_autograd(_double_backward)
+refuse_double_backward(pairwise_l1_backward, "distill")
 
 pairwise_l1 = direct(pairwise_l1_op, _forward, _backward, _setup_context)

@@ -3,8 +3,7 @@
 Three ops. ``row_divergence`` computes per-token terms and, where the weighting of the tokens is known
 (a scalar result), the unscaled gradients with them. Its backward calls ``scale_gradient`` then, or
 ``row_divergence_backward`` where the weighting only arrives with the upstream gradient. These two are
-ops of their own whose autograd formula raises: ``once_differentiable``, or marking outputs
-non-differentiable, would let a gradient penalty go silently wrong.
+ops of their own whose autograd formula raises (``backward.py`` says why).
 
 Scalars that a schedule may change are 0-d tensors: a Python float argument would be a constant of the
 compiled graph, and every new value a recompilation.
@@ -23,6 +22,7 @@ from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gra
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import counted
 from kd_kernels.objectives import CATALOGUE, SortedWasserstein
+from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
 from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temperatures, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -268,8 +268,7 @@ def _times(weight: Number, upstream: Tensor) -> Number:
 
 @row_divergence_backward.register_fake
 def _(upstream, statistics, *args):
-    needs = dict(zip(ARGUMENTS, args))["needs"]
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, wanted in zip(args, needs) if wanted]
+    return shapes_of(args, dict(zip(ARGUMENTS, args))["needs"])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -278,9 +277,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.needs, ctx.deferred = call["needs"], call["deferred"]
     _, _, statistics, factor, *gradients = output
     if ctx.deferred:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
-        ctx.save_for_backward(statistics, *tensors)
+        keep(ctx, inputs, statistics)
     else:
         wanted = [i for i, want in enumerate(ctx.needs) if want]
         ctx.dtypes = [inputs[i].dtype for i in wanted]
@@ -291,25 +288,17 @@ def _backward(ctx, upstream, *others):
     if upstream is None:  # the other outputs carry no gradient; distill hands them out detached
         return (None,) * len(ARGUMENTS)
     if ctx.deferred:
-        statistics, *tensors = ctx.saved_tensors
-        remaining = iter(tensors)
-        inputs = [next(remaining) if x is None else x[0] for x in ctx.rest]
+        (statistics,), inputs = kept(ctx)
         gradients = torch.ops.kd_kernels.row_divergence_backward(upstream, statistics, *inputs)
     else:
         factor, *unscaled = ctx.saved_tensors
         scale = torch.ops.kd_kernels.scale_gradient
         gradients = [scale(g, upstream, factor, dtype) for g, dtype in zip(unscaled, ctx.dtypes)]
-    remaining = iter(gradients)
-    first = [next(remaining) if want else None for want in ctx.needs]
-    return (*first, *(None,) * (len(ARGUMENTS) - _DIFFERENTIABLE))
-
-
-def _double_backward(ctx, *gradients):
-    raise RuntimeError("kd_kernels.distill: double backward (a gradient of the gradient) is not implemented")
+    return in_place(gradients, ctx.needs, len(ARGUMENTS))
 
 
 row_divergence_op.register_autograd(_backward, setup_context=_setup_context)
-scale_gradient.register_autograd(_double_backward)
-row_divergence_backward.register_autograd(_double_backward)
+for backward in (scale_gradient, row_divergence_backward):
+    refuse_double_backward(backward, "distill", "double backward (a gradient of the gradient)")
 
 row_divergence = direct(row_divergence_op, _forward, _backward, _setup_context)

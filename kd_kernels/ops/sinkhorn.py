@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kd_kernels import problems as P
 from kd_kernels.drivers.sinkhorn import Call, Cotangents, Potentials, adjoint, solve
+from kd_kernels.ops.backward import keep, kept, refuse_double_backward
 from kd_kernels.ops.checks import checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -14,7 +15,7 @@ _CALL = """
     Tensor cost, Tensor a, Tensor b, Tensor epsilons, Tensor tolerance, int domain,
     bool columns_first, bool unrolled, bool plan, str? backend"""
 _ARGUMENTS = names(_CALL)
-_DIFFERENTIABLE, _TENSORS = 3, 5  # the first so many
+_DIFFERENTIABLE = 3  # the first three
 _PHI, _PSI, _TRANSPORT, _VALUE, _PLAN, _NUMBERS, _PHI_HISTORY, _PSI_HISTORY = range(8)
 
 
@@ -178,31 +179,22 @@ def _(d_transport, d_value, d_plan, phi, psi, phi_history, psi_history, cost_gra
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.rest = inputs[_TENSORS:]
-    ctx.save_for_backward(*inputs[:_TENSORS], *(output[i] for i in (_PHI, _PSI, _PHI_HISTORY, _PSI_HISTORY)))
+    keep(ctx, inputs, *(output[i] for i in (_PHI, _PSI, _PHI_HISTORY, _PSI_HISTORY)))
 
 
 def _backward(ctx, *arriving):
-    saved = ctx.saved_tensors  # once: activation checkpointing makes them once
-    inputs, found = saved[:_TENSORS], saved[_TENSORS:]
+    found, inputs = kept(ctx)
     none = (None,) * len(_ARGUMENTS)
     arriving = [arriving[i] for i in (_TRANSPORT, _VALUE, _PLAN)]
     if all(x is None for x in arriving):
         return none
-    gradients = torch.ops.kd_kernels.sinkhorn_backward(
-        *arriving, *found, ctx.needs_input_grad[0], *inputs, *ctx.rest
-    )
+    gradients = torch.ops.kd_kernels.sinkhorn_backward(*arriving, *found, ctx.needs_input_grad[0], *inputs)
     wanted = ctx.needs_input_grad[:_DIFFERENTIABLE]
     first = [gradient if needed else None for gradient, needed in zip(gradients, wanted)]
     return (*first, *none[_DIFFERENTIABLE:])
 
 
-def _double_backward(ctx, *gradients):
-    raise RuntimeError("kd_kernels.sinkhorn: double backward is not implemented")
-
-
 sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
-sinkhorn_backward.register_autograd(_double_backward)
+refuse_double_backward(sinkhorn_backward, "sinkhorn")
 
 sinkhorn = direct(sinkhorn_op, _forward, _backward, _setup_context)

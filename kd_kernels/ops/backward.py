@@ -1,0 +1,48 @@
+"""An op's backward is another op, which autograd does not enter: what their formulas share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+
+def keep(ctx, inputs: Sequence[Any], *made: Tensor) -> None:
+    """Save an op's inputs, and what its backward takes of its outputs, to compute again from them."""
+    ctx.set_materialize_grads(False)
+    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+    ctx.save_for_backward(*made, *(x for x in inputs if isinstance(x, Tensor)))
+
+
+def kept(ctx) -> tuple[Sequence[Tensor], list[Any]]:
+    """(outputs, inputs) that :func:`keep` saved."""
+    saved = ctx.saved_tensors  # once: activation checkpointing makes them once
+    made = len(saved) - ctx.rest.count(None)
+    tensors = iter(saved[made:])
+    return saved[:made], [next(tensors) if x is None else x[0] for x in ctx.rest]
+
+
+def in_place(gradients: Iterable[Tensor], needs: Sequence[bool], inputs: int) -> tuple[Optional[Tensor], ...]:
+    """As autograd takes them, one for each of all ``inputs``: ``gradients`` are those alone that ``needs``,
+    which speaks of the first inputs, asks for."""
+    remaining = iter(gradients)
+    first = [next(remaining) if wanted else None for wanted in needs]
+    return (*first, *(None,) * (inputs - len(first)))
+
+
+def shapes_of(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    """Such gradients, for a backward op's shape rule."""
+    wanted = (x for x, needed in zip(inputs, needs) if needed)
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted]
+
+
+def refuse_double_backward(op: Any, function: str, called: str = "double backward") -> None:
+    """Of a backward op, which a caller knows as ``function``: ``once_differentiable``, or marking outputs
+    non-differentiable, would let a gradient penalty go silently wrong."""
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(f"kd_kernels.{function}: {called} is not implemented")
+
+    op.register_autograd(refuse)
