@@ -8,6 +8,7 @@ from jobs import backends_of
 from kd_kernels.backends import PAIRWISE_L1_SCRATCH
 from kd_kernels.drivers.pairwise_l1 import PairwiseProblem, _Walk
 from kd_kernels.drivers.sides import Model
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.ops.pairwise_l1 import pairwise_l1
 
 BACKENDS = backends_of("pairwise_l1")
@@ -90,8 +91,8 @@ def test_what_the_triton_kernel_takes_counts_as_workspace(dtype, gradients):
             Model(*[*x.tensors(), None, None][:3], 1.0, 0.0, one, (True, x is student, False))
             for x in (student, teacher)
         ]
-        rows = MEMBERS[MEMBERS >= 0]
-        problem = PairwiseProblem(*models, MEMBERS, rows, None, None, None, "triton", budget)
+        tokens = Tokens(models[0].tokens, MEMBERS[MEMBERS >= 0])
+        problem = PairwiseProblem(*models, MEMBERS, tokens, None, None, "triton", budget)
         return _Walk(problem, gradients)
 
     for budget in (100_000, 300_000, 1 << 30):

@@ -20,6 +20,7 @@ from kd_kernels.drivers.chunked_head import Problem
 from kd_kernels.drivers.plan import Chunking, chunking
 from kd_kernels.drivers.scale import SLAB
 from kd_kernels.drivers.sides import Model, accumulate_dtype, hidden_gradient_dtype
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.gemm import matmul, offers_widening, route
 
 HELP = "predict memory, FLOPs and chunking of a step"
@@ -45,8 +46,7 @@ def problem_of(case: Case, inputs: Inputs) -> Problem:
         soft_weight=1.0,
         hard_weight=None,
         labels=None,
-        rows=None,
-        kept=None,
+        tokens=Tokens(case.tokens),
         entropies=False,
         compute_dtype=None,
         logits_dtype=None,

@@ -21,7 +21,7 @@ from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, Number, side_of
 from kd_kernels.drivers.sorted_l1 import RankedSide, exact_divergence, topk_divergence
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
-from kd_kernels.drivers.tokens import of_tokens, spread
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import borrow
 from kd_kernels.reference.sorted_l1 import WORKING_BYTES
 
@@ -40,8 +40,7 @@ class Problem:
     soft_weight: Number
     hard_weight: Optional[Number]  # None: no cross-entropy
     labels: Optional[Tensor]  # [N]
-    rows: Optional[Tensor]  # [n] int64: the tokens that count, the others are dropped; None: keep all N
-    kept: Optional[Tensor]  # [N] bool: the tokens that count, the others are silenced; None: all do
+    tokens: Tokens
     entropies: bool
     compute_dtype: Optional[torch.dtype]  # autocast; None: each model's own
     logits_dtype: Optional[torch.dtype]
@@ -72,20 +71,12 @@ class Problem:
         them, unless the other model has a head."""
         return any(m.is_head and any(m.needs) for m in (self.student, self.teacher))
 
-    @property
-    def tokens(self) -> int:
-        return self.student.values.shape[:-1].numel()
-
-    @property
-    def walked(self) -> int:
-        return self.tokens if self.rows is None else self.rows.numel()
-
     def walked_values(self, value: Number, silenced: float = 0.0) -> Number:
         """``value`` for each token that is walked, ``[n]`` float64, ``silenced`` at silenced ones; or, while
         it is one number on the host, just that: what is computed with it launches nothing."""
         if isinstance(value, float):
             return value
-        return of_tokens(value, self.student.values.device, self.tokens, self.rows, self.kept, silenced)
+        return self.tokens.numbers(value, self.student.values.device, silenced)
 
     def per_token(self, value: Number, silenced: float = 0.0) -> Tensor:
         """``[n]`` of what :meth:`walked_values` gave, to be read only: one tensor serves equal numbers."""
@@ -94,15 +85,9 @@ class Problem:
         if (value, silenced) not in self.filled:
             # Filling in a constant waits for nobody, copying it would.
             device = self.student.values.device
-            made = torch.full((self.walked,), value, dtype=torch.float64, device=device)
-            self.filled[value, silenced] = (
-                made if self.kept is None else torch.where(self.kept, made, silenced)
-            )
+            made = torch.full((self.tokens.walked,), value, dtype=torch.float64, device=device)
+            self.filled[value, silenced] = self.tokens.silenced(made, silenced)
         return self.filled[value, silenced]
-
-    def spread(self, values: Tensor) -> Tensor:
-        """``[n, k]`` of the walked tokens to ``[N, k]`` of all, zeros at those that do not count."""
-        return spread(values, self.rows, self.kept, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -117,6 +102,7 @@ class Arrangement:
 
 def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement:
     """The two sides and the chunk size of a call that ``backend`` serves on ``device``."""
+    tokens = problem.tokens
     # Where both models project, the chunk's layout is ours to choose. Logits that exist are rows.
     both_project = problem.student.is_head and (problem.teacher.is_head or problem.target is not None)
     vocabulary_major = both_project and backend in VOCABULARY_MAJOR and not problem.is_sorted
@@ -124,21 +110,21 @@ def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement
     def side(model: Model, vocab: int) -> Union[HeadSide, LogitsSide]:
         dtypes = problem.compute_dtype, problem.logits_dtype
         scratch = (problem.target is not None or problem.top_k is not None) and backend in OVERWRITES
-        return side_of(model, vocab, problem.rows, problem.kept, *dtypes, vocabulary_major, scratch)
+        return side_of(model, vocab, tokens.rows, tokens.kept, *dtypes, vocabulary_major, scratch)
 
     student = side(problem.student, problem.vocab)
     if problem.target is None:
         teacher = side(problem.teacher, problem.teacher_vocab)
     elif problem.top_k is not None:
-        teacher = RankedSide(problem.target, problem.rows, problem.top_k)
+        teacher = RankedSide(problem.target, tokens, problem.top_k)
     else:
         labels = None if problem.hard_weight is None else problem.labels
-        teacher = SparseSide(problem.target, labels, problem.rows, problem.vocab)
+        teacher = SparseSide(problem.target, labels, tokens, problem.vocab)
     vocab = max(problem.vocab, problem.teacher_vocab)
     sorts = problem.is_sorted and problem.top_k is None and backend != "cpu"
     rows, size = cut(
         (student, teacher),
-        problem.walked,
+        tokens.walked,
         vocab,
         device,
         problem.workspace_bytes,
@@ -168,7 +154,7 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     device = problem.student.values.device
     name, kernel = _row_kernel(problem, device)
     cut = arrange(problem, name, device)
-    student, teacher, chunk, n = cut.student, cut.teacher, cut.rows, problem.walked
+    student, teacher, chunk, n = cut.student, cut.teacher, cut.rows, problem.tokens.walked
 
     weights = (
         [problem.soft_weight] if problem.hard_weight is None else [problem.soft_weight, problem.hard_weight]
@@ -187,14 +173,14 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     labels = problem.labels
     if problem.target is not None and problem.hard_weight is None:
         labels = None
-    if labels is not None and problem.rows is not None:
-        labels = labels[problem.rows]
+    if labels is not None:
+        labels = problem.tokens.take(labels)
 
     terms = torch.zeros(n, R.TERM_COLUMNS, dtype=torch.float64, device=device)
     if statistics is None:
         stats = torch.zeros(n, R.STATISTIC_COLUMNS, dtype=torch.float64, device=device)
     else:
-        stats = statistics if problem.rows is None else statistics[problem.rows]
+        stats = problem.tokens.take(statistics)
 
     hard_weight = hard[0] if hard else problem.per_token(0.0)
     with borrow(cut.workspace_bytes, device) as workspace:
@@ -227,9 +213,9 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     columns = zip((soft, *hard), (R.SOFT, R.HARD))
     weighted = [torch.where(w == 0, 0.0, w * terms[:, i]) for w, i in columns]
     return Outcome(
-        problem.spread((sum(weighted) * factor)[:, None])[:, 0],
-        problem.spread(terms),
-        problem.spread(stats),
+        problem.tokens.spread(sum(weighted) * factor),
+        problem.tokens.spread(terms),
+        problem.tokens.spread(stats),
         student.gradients() + teacher.gradients(),
         factor,
     )
@@ -276,7 +262,7 @@ def _factor(problem: Problem, weights: list[Number], temperatures: list[Number])
     """The walk's :func:`common_factor`, on the host where all that it comes from is. Gradients of existing
     logits are final as the kernel writes them, so a call without any head keeps its weights."""
     soft, *hard = weights
-    if problem.walked == 0 or not problem.shares_factor:
+    if problem.tokens.walked == 0 or not problem.shares_factor:
         return 1.0
     models = [m for m in (problem.student, problem.teacher) if any(m.needs)]
     tops = [abs(w) * abs(problem.student.scale) for w in hard]

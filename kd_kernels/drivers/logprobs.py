@@ -16,7 +16,7 @@ from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.gathered import Gathered, new_job
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.sides import Model, side_of
-from kd_kernels.drivers.tokens import of_tokens, spread
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import borrow
 
 
@@ -27,15 +27,11 @@ class LogprobProblem:
     model: Model
     ids: Tensor  # [N, K]; -1: unused
     entropy: bool
-    rows: Optional[Tensor]  # [n] int64: the tokens that have an id; None: keep all N
-    kept: Optional[Tensor]  # [N] bool: the tokens that have an id, the others are silenced; None: all have
+    tokens: Tokens  # that have an id
     compute_dtype: Optional[torch.dtype]
     logits_dtype: Optional[torch.dtype]
     backend: Optional[str]
     workspace_bytes: Optional[int]
-
-    def walked(self, x: Tensor) -> Tensor:
-        return x if self.rows is None else x[self.rows]
 
 
 def walk_logprobs(
@@ -53,26 +49,22 @@ def walk_logprobs(
         multiplied by the factor that comes last.
     """
     model, device = problem.model, problem.model.values.device
-    vocab, tokens = model.vocab_size, model.values.shape[:-1].numel()
+    vocab, tokens = model.vocab_size, problem.tokens
     name, gather = pick("gather", device, problem.backend)
     vocabulary_major = model.is_head and name in VOCABULARY_MAJOR
     dtypes = problem.compute_dtype, problem.logits_dtype
-    side = side_of(
-        model, vocab, problem.rows, problem.kept, *dtypes, vocabulary_major, copy=name in OVERWRITES
-    )
+    side = side_of(model, vocab, tokens.rows, tokens.kept, *dtypes, vocabulary_major, copy=name in OVERWRITES)
 
-    ids = problem.walked(problem.ids)
+    ids = tokens.take(problem.ids)
     n = ids.shape[0]
     selection = Selection(ids, vocab)
-    temperature = of_tokens(model.temperature, device, tokens, problem.rows, problem.kept, 1.0)
+    temperature = tokens.numbers(model.temperature, device, 1.0)
     g = g_entropy = None
     factor = torch.ones((), dtype=torch.float64, device=device)
     if upstream is not None:
-        g = selection.merge(problem.walked(upstream), torch.add, 0.0)
+        g = selection.merge(tokens.take(upstream), torch.add, 0.0)
         if upstream_entropy is not None:
-            g_entropy = problem.walked(upstream_entropy)
-            if problem.kept is not None:
-                g_entropy = torch.where(problem.kept, g_entropy, 0.0)
+            g_entropy = tokens.take(tokens.silenced(upstream_entropy))
         if model.is_head and g.numel() > 0:
             factor = _factor(g, g_entropy, temperature, problem)
 
@@ -101,8 +93,8 @@ def walk_logprobs(
     bad = ((ids < -1) | (ids >= vocab)).any(1)  # never read
     logprobs = torch.where((ids < -1) | (ids >= vocab), torch.nan, logprobs)
     return (
-        spread(logprobs, problem.rows, problem.kept, tokens),
-        spread(torch.where(bad, torch.nan, entropies)[:, None], problem.rows, problem.kept, tokens)[:, 0],
+        tokens.spread(logprobs),
+        tokens.spread(torch.where(bad, torch.nan, entropies)),
         side.gradients(),
         factor,
     )

@@ -22,7 +22,7 @@ from kd_kernels.drivers.chunks import default_workspace
 from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.gathered import new_job
 from kd_kernels.drivers.sides import LogitsSide, Model, accumulate_dtype
-from kd_kernels.drivers.tokens import of_tokens
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import Workspace, borrow, footprint
 from kd_kernels.gemm import as_matrix, matmul
 
@@ -36,8 +36,7 @@ class PairwiseProblem:
     student: Model
     teacher: Model
     members: Tensor  # [G, L] int64: tokens of each group, -1 behind them (or, in one group, in between)
-    rows: Optional[Tensor]  # [n] int64: the tokens walked, group after group; None: all N in order
-    kept: Optional[Tensor]  # [N] bool: the tokens that count, the others are silenced; None: all do
+    tokens: Tokens  # group after group
     compute_dtype: Optional[torch.dtype]
     logits_dtype: Optional[torch.dtype]
     backend: Optional[str]
@@ -49,29 +48,23 @@ class PairwiseProblem:
 
     @property
     def n(self) -> int:
-        return self.student.values.shape[:-1].numel() if self.rows is None else self.rows.numel()
-
-    def walked(self, per_token: Tensor, silenced: float = 1.0) -> Tensor:
-        """0-d or ``[N]`` to ``[n]`` float64 on the device."""
-        values = self.student.values
-        tokens = values.shape[:-1].numel()
-        return of_tokens(per_token, values.device, tokens, self.rows, self.kept, silenced)
+        return self.tokens.walked
 
     def packed(self, padded: Tensor) -> Tensor:
         """``[G, L, ...]`` to ``[n, ...]``."""
-        return padded.flatten(0, 1) if self.rows is None else padded[self.members >= 0]
+        return padded.flatten(0, 1) if self.tokens.rows is None else padded[self.members >= 0]
 
     def padded(self, packed: Tensor) -> Tensor:
         """``[n, ...]`` to ``[G, L, ...]``, zeros where there is no row."""
         shape = self.members.shape + packed.shape[1:]
-        if self.rows is None:
+        if self.tokens.rows is None:
             return packed.reshape(shape)
         out = packed.new_zeros(shape)
         out[self.members >= 0] = packed
         return out
 
     def starts(self) -> Tensor:
-        if self.rows is None:
+        if self.tokens.rows is None:
             return torch.arange(2, device=self.members.device) * self.n  # not copied: nothing waits
         return torch.nn.functional.pad((self.members >= 0).sum(1).cumsum(0), (1, 0))
 
@@ -184,7 +177,7 @@ class _Walk:
         models = [problem.student, problem.teacher]
         if not gradients:
             models = [replace(model, needs=(False, False, False)) for model in models]
-        self.temperatures = [problem.walked(model.temperature) for model in models]
+        self.temperatures = [problem.tokens.numbers(m.temperature, self.device, 1.0) for m in models]
         self.sides = [_side(model, problem) for model in models]
         self.phase = R.GRADIENT if gradients else R.TERMS
         self.width, self.bytes = self._cut()
@@ -267,9 +260,7 @@ class _HeadSlabs:
                 f"got {self.logits_dtype} for a head in {dtype}"
             )
         hidden = model.values.reshape(-1, model.values.shape[-1])
-        if problem.kept is not None:
-            hidden = torch.where(problem.kept[:, None], hidden, 0.0)
-        self.hidden = (hidden if problem.rows is None else hidden.index_select(0, problem.rows)).to(dtype)
+        self.hidden = problem.tokens.take(problem.tokens.silenced(hidden)).to(dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         if model.needs[0]:
             self.d_hidden = torch.zeros(self.hidden.shape, dtype=self.wide, device=hidden.device)
@@ -343,10 +334,7 @@ class _HeadSlabs:
         d_hidden, values = self.d_hidden, self.model.values
         if d_hidden is not None:
             d_hidden = d_hidden.mul_(factor).to(values.dtype)
-            if self.problem.rows is not None:
-                full = d_hidden.new_zeros(values.shape[:-1].numel(), values.shape[-1])
-                d_hidden = full.index_copy_(0, self.problem.rows, d_hidden)
-            d_hidden = d_hidden.view(values.shape)
+            d_hidden = self.problem.tokens.put_back(d_hidden).view(values.shape)
         return [d_hidden, self.d_weight, self.d_bias]
 
 
@@ -354,7 +342,7 @@ class _LogitsSlabs:
     """Logits that exist: a slab of them is read, and its gradient written, where it lies."""
 
     def __init__(self, model: Model, problem: PairwiseProblem) -> None:
-        self.side = LogitsSide(model, problem.vocab, problem.rows)
+        self.side = LogitsSide(model, problem.vocab, problem.tokens)
         self.logits_dtype = model.values.dtype
         self.n = problem.n
         heads = [other for other in (problem.student, problem.teacher) if other.is_head]

@@ -20,7 +20,7 @@ class Chunking:
 
 def chunking(problem: Problem, backend: str, device: torch.device) -> Chunking:
     """What :func:`kd_kernels.drivers.chunked_head.walk` would do with ``problem``, gradients included."""
-    cut, n = arrange(problem, backend, device), problem.walked
+    cut, n = arrange(problem, backend, device), problem.tokens.walked
     gradients = [g for side in (cut.student, cut.teacher) for g in side.gradients() if g is not None]
     return Chunking(
         min(cut.rows, n),

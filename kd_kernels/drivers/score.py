@@ -15,7 +15,7 @@ from kd_kernels import rows as R
 from kd_kernels.backends import RowKernel, pick
 from kd_kernels.drivers.chunks import cut
 from kd_kernels.drivers.sides import Model, side_of
-from kd_kernels.drivers.tokens import spread
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import borrow
 
 NLL, ENTROPY, CONFIDENCE = range(3)
@@ -31,7 +31,7 @@ class Scoring:
 
     models: list[Model]  # the student first
     labels: Optional[Tensor]  # [N] int64
-    rows: Optional[Tensor]  # [n] int64: the tokens that count, the others are dropped; None: keep all N
+    tokens: Tokens  # that count
     temperature: float
     compute_dtype: Optional[torch.dtype]  # autocast; None: each model's own
     logits_dtype: Optional[torch.dtype]
@@ -41,14 +41,6 @@ class Scoring:
     @property
     def vocab(self) -> int:
         return min(model.vocab_size for model in self.models)
-
-    @property
-    def tokens(self) -> int:
-        return self.models[0].values.shape[:-1].numel()
-
-    @property
-    def walked(self) -> int:
-        return self.tokens if self.rows is None else self.rows.numel()
 
     @property
     def device(self) -> torch.device:
@@ -66,17 +58,15 @@ class Measured:
 
 def walk(call: Scoring) -> Measured:
     """Score all tokens that count."""
-    device, n, count = call.device, call.walked, len(call.models)
+    device, n, count = call.device, call.tokens.walked, len(call.models)
     _, topk = pick("topk", device, call.backend)
     compare = pick("row_divergence", device, call.backend)[1] if count > 1 else None
     dtypes = call.compute_dtype, call.logits_dtype
     # Row-major, as the topk kernel reads them.
-    sides = [side_of(model, call.vocab, call.rows, None, *dtypes) for model in call.models]
+    sides = [side_of(model, call.vocab, call.tokens.rows, None, *dtypes) for model in call.models]
     chunk, size = cut(sides, n, call.vocab, device, call.workspace_bytes)
 
-    labels = call.labels
-    if labels is not None and call.rows is not None:
-        labels = labels[call.rows]
+    labels = None if call.labels is None else call.tokens.take(call.labels)
     measures = torch.zeros(count, MEASURES, n, dtype=torch.float64, device=device)
     top1 = torch.zeros(count, n, dtype=torch.int64, device=device)
     divergences = torch.zeros(count - 1, len(DIVERGENCES), n, dtype=torch.float64, device=device)
@@ -95,9 +85,8 @@ def walk(call: Scoring) -> Measured:
                 assert compare is not None
                 _compare(compare, rows[0], teacher, call.vocab, divergences[i, :, part])
     # Tokens first, as spread wants them, and last again.
-    found = (x.movedim(-1, 0) for x in (measures, top1, divergences))
-    spreads = (spread(x, call.rows, None, call.tokens) for x in found)
-    return Measured(*(x.movedim(0, -1).contiguous() for x in spreads))
+    found = (call.tokens.spread(x.movedim(-1, 0)) for x in (measures, top1, divergences))
+    return Measured(*(x.movedim(0, -1).contiguous() for x in found))
 
 
 def _measure(

@@ -10,6 +10,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import Workspace, lend
 from kd_kernels.gemm import as_matrix, matmul
 from kd_kernels.rows import Rows
@@ -29,6 +30,10 @@ class Model:
     softcap: float  # 0: none
     temperature: Number
     needs: tuple[bool, bool, bool]  # gradient of values, weight, bias
+
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[:-1].numel()
 
     @property
     def vocab_size(self) -> int:
@@ -61,14 +66,13 @@ class HeadSide:
         self,
         model: Model,
         vocab: int,
-        rows: Optional[Tensor],
-        kept: Optional[Tensor],
+        tokens: Tokens,
         compute_dtype: Optional[torch.dtype],
         logits_dtype: Optional[torch.dtype],
         vocabulary_major: bool,
     ) -> None:
         assert model.weight is not None
-        self.model, self.vocab, self.rows = model, vocab, rows
+        self.model, self.vocab, self.tokens = model, vocab, tokens
         self.vocabulary_major = vocabulary_major
         dtype = compute_dtype or model.values.dtype
         self.wide = accumulate_dtype(dtype)
@@ -79,10 +83,8 @@ class HeadSide:
                 f"got {self.logits_dtype} for a head in {dtype}"
             )
         hidden = model.values.reshape(-1, model.values.shape[-1])
-        self.tokens = hidden.shape[0]
-        if kept is not None:  # d weight would meet what a silenced row holds, NaN included
-            hidden = torch.where(kept[:, None], hidden, 0.0)
-        self.hidden = (hidden if rows is None else hidden.index_select(0, rows)).to(dtype)
+        # Silenced: d weight would meet what such a row holds, NaN included.
+        self.hidden = tokens.take(tokens.silenced(hidden)).to(dtype)
         self.weight = as_matrix(model.weight[:vocab].to(dtype))
         self.bias = None if model.bias is None else model.bias[:vocab].to(self.logits_dtype)
         self.offsets: dict[int, Tensor] = {}
@@ -161,10 +163,7 @@ class HeadSide:
         """(d hidden by :func:`hidden_gradient_dtype`, d weight and d bias in the accumulator's), or None."""
         d_hidden = self.d_hidden
         if d_hidden is not None:
-            if self.rows is not None:
-                full = d_hidden.new_zeros(self.tokens, d_hidden.shape[1])
-                d_hidden = full.index_copy_(0, self.rows, d_hidden)
-            d_hidden = d_hidden.view(self.model.values.shape)
+            d_hidden = self.tokens.put_back(d_hidden).view(self.model.values.shape)
         return [d_hidden, self.d_weight, self.d_bias]
 
 
@@ -172,26 +171,25 @@ class LogitsSide:
     """Logits that exist already: read where they lie, whatever their leading strides; or a copy of each
     chunk, for a kernel that scribbles in them."""
 
-    def __init__(self, model: Model, vocab: int, rows: Optional[Tensor], copy: bool = False) -> None:
+    def __init__(self, model: Model, vocab: int, tokens: Tokens, copy: bool = False) -> None:
         self.model, self.vocab, self.copy = model, vocab, copy
         values = model.values
         if values.stride(-1) != 1 and values.shape[-1] > 1:
             values = values.contiguous()  # the kernels read a row along a unit stride
         self.values = values
         offsets = _row_offsets(values)
-        tokens = offsets.numel()
         if copy:
-            token = torch.arange(tokens, device=values.device) if rows is None else rows
+            token = tokens.take(torch.arange(tokens.count, device=values.device))
             self.place = _unravelled(token, values.shape[:-1])
-        self.offsets = offsets if rows is None else offsets[rows]
+        self.offsets = tokens.take(offsets)
         self.grad: Optional[Tensor] = None
         self.grad_offsets: Optional[Tensor] = None
         if model.needs[0]:
-            whole = rows is None and vocab == values.shape[-1]
+            whole = tokens.rows is None and vocab == values.shape[-1]
             make = torch.empty if whole else torch.zeros
             self.grad = make(values.shape, dtype=values.dtype, device=values.device)
             grad_offsets = offsets if values.is_contiguous() else _row_offsets(self.grad)
-            self.grad_offsets = grad_offsets if rows is None else grad_offsets[rows]
+            self.grad_offsets = tokens.take(grad_offsets)
 
     def buffer_itemsizes(self) -> list[int]:
         return [self.values.itemsize] if self.copy else []
@@ -234,9 +232,10 @@ def side_of(
     copy: bool = False,
 ) -> Union[HeadSide, LogitsSide]:
     """A model's end of a walk, whatever the model is; ``copy`` asks existing logits for scratch memory."""
+    tokens = Tokens(model.tokens, rows, kept)
     if not model.is_head:
-        return LogitsSide(model, vocab, rows, copy)
-    return HeadSide(model, vocab, rows, kept, compute_dtype, logits_dtype, vocabulary_major)
+        return LogitsSide(model, vocab, tokens, copy)
+    return HeadSide(model, vocab, tokens, compute_dtype, logits_dtype, vocabulary_major)
 
 
 def _common_divisor(values: Tensor) -> int:

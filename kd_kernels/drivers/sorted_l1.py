@@ -24,6 +24,7 @@ from kd_kernels import rows as R
 from kd_kernels.drivers.gathered import Gathered, Label, new_job, with_last
 from kd_kernels.drivers.selection import Selection
 from kd_kernels.drivers.sparse import Target, implied_log_tail
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import Workspace
 from kd_kernels.reference.sorted_l1 import centred
 
@@ -99,14 +100,14 @@ class RankedRows:
 class RankedSide:
     """The end of the walk of a teacher whose top-K was saved: nothing to project, nothing to carry back."""
 
-    def __init__(self, target: Target, rows: Optional[Tensor], top_k: int) -> None:
-        self.target, self.rows, self.top_k = target, rows, top_k
+    def __init__(self, target: Target, tokens: Tokens, top_k: int) -> None:
+        self.target, self.tokens, self.top_k = target, tokens, top_k
 
     def buffer_itemsizes(self) -> list[int]:
         return []
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> RankedRows:
-        tokens = slice(start, stop) if self.rows is None else self.rows[start:stop]
+        tokens = self.tokens.part(start, stop)
         ids, logprobs = self.target.ids[tokens], self.target.logprobs[tokens].to(torch.float64)
         merged = Selection(ids, _ANY_ID).merge(logprobs, torch.logaddexp, -_INF)
         merged = merged.sort(dim=1, descending=True).values

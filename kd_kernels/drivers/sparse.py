@@ -30,6 +30,7 @@ from torch import Tensor
 from kd_kernels import rows as R
 from kd_kernels.drivers.gathered import Gathered, Label, new_job, with_last
 from kd_kernels.drivers.selection import Selection
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import Workspace
 
 _INF = float("inf")
@@ -62,15 +63,15 @@ class SparseRows:
 class SparseSide:
     """The teacher's end of the walk where it is sparse: nothing to project, nothing to carry back."""
 
-    def __init__(self, target: Target, labels: Optional[Tensor], rows: Optional[Tensor], vocab: int) -> None:
-        self.target, self.labels, self.rows, self.vocab = target, labels, rows, vocab
+    def __init__(self, target: Target, labels: Optional[Tensor], tokens: Tokens, vocab: int) -> None:
+        self.target, self.labels, self.tokens, self.vocab = target, labels, tokens, vocab
 
     def buffer_itemsizes(self) -> list[int]:
         return []
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> SparseRows:
         """A chunk of tokens, brought from the temperature of the record to ``temperature`` [n] times it."""
-        tokens = slice(start, stop) if self.rows is None else self.rows[start:stop]
+        tokens = self.tokens.part(start, stop)
         target, vocab = self.target, self.vocab
         ids, logprobs = target.ids[tokens], target.logprobs[tokens].to(torch.float64)
         bad = ((ids < -1) | (ids >= vocab)).any(1, keepdim=True)  # never read; makes its row NaN

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Optional
 
 import torch
 from torch import Tensor
 
 from kd_kernels.drivers.sides import Number
+from kd_kernels.drivers.tokens import Tokens
 
 IGNORED = " or ignore_index (-100 unless given)"
 
@@ -28,12 +28,12 @@ def check_temperatures(name: str, values: Number) -> None:
         raise ValueError(f"{name} must be finite and > 0, got {wrong[0]}")
 
 
-def check_temperatures_of(name: str, values: Tensor, index: Optional[Tensor], looks: bool) -> None:
-    """The same of one per token, ``index`` picking those that count, or of a number. What is on the host is
-    always looked at; what is not, where ``looks`` allows it."""
+def check_temperatures_of(name: str, values: Tensor, tokens: Tokens, looks: bool) -> None:
+    """The same of a number, or of one per token that counts. What is on the host is always looked at; what is
+    not, where ``looks`` allows it."""
     number = values.dim() == 0
     if looks or (number and values.device.type == "cpu"):
-        check_temperatures(name, values if number or index is None else values[index])
+        check_temperatures(name, values if number else tokens.counted(values))
 
 
 def check_finite(name: str, values: Number) -> None:

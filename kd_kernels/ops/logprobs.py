@@ -5,7 +5,7 @@ import torch
 from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
 from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model
-from kd_kernels.drivers.tokens import counted
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
 from kd_kernels.ops.checks import check_range, check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
@@ -23,7 +23,6 @@ _ARGUMENTS = names(_CALL)
 def _unpack(call: dict, gradients: bool) -> LogprobProblem:
     scale, softcap = call["scalars"].tolist()
     ids = call["ids"]
-    rows, kept = counted((ids != -1).any(1), call["compact"])
     return LogprobProblem(
         Model(
             call["values"],
@@ -36,8 +35,7 @@ def _unpack(call: dict, gradients: bool) -> LogprobProblem:
         ),
         ids,
         call["entropy"],
-        rows,
-        kept,
+        Tokens.that_count((ids != -1).any(1), ids.shape[0], call["compact"]),
         call["compute_dtype"],
         call["logits_dtype"],
         call["backend"],
@@ -50,8 +48,7 @@ def _check_values(problem: LogprobProblem) -> None:
     if looks:
         unused = ", or -1 or ignore_index (-100 unless given)"
         check_range("ids", problem.ids, problem.model.vocab_size, -1, otherwise=unused)
-    index = problem.rows if problem.kept is None else problem.kept
-    check_temperatures_of("temperature", problem.model.temperature, index, looks)
+    check_temperatures_of("temperature", problem.model.temperature, problem.tokens, looks)
 
 
 def _forward(*arguments):

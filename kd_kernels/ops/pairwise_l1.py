@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kd_kernels.drivers.pairwise_l1 import Distances, PairwiseProblem, carry_back, measure
 from kd_kernels.drivers.sides import Model
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
 from kd_kernels.ops.checks import check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
@@ -41,17 +42,15 @@ def _unpack(call: dict, gradients: bool) -> PairwiseProblem:
         _model(call, "student", 0, gradients),
         _model(call, "teacher", 1, gradients),
         members,
-        rows,
-        kept,
+        Tokens(tokens, rows, kept),
         *(call[name] for name in ("compute_dtype", "logits_dtype", "backend", "workspace_bytes")),
     )
 
 
 def _check_values(problem: PairwiseProblem) -> None:
     looks = checks_values(problem.members.device)
-    index = problem.rows if problem.kept is None else problem.kept
-    check_temperatures_of("temperature", problem.student.temperature, index, looks)
-    check_temperatures_of("teacher_temperature", problem.teacher.temperature, index, looks)
+    check_temperatures_of("temperature", problem.student.temperature, problem.tokens, looks)
+    check_temperatures_of("teacher_temperature", problem.teacher.temperature, problem.tokens, looks)
 
 
 def _forward(*arguments):

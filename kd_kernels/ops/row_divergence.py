@@ -20,7 +20,7 @@ from kd_kernels.drivers.chunked_head import Problem, walk
 from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gradient_dtype
 from kd_kernels.drivers.sparse import Target
-from kd_kernels.drivers.tokens import counted
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.objectives import CATALOGUE, SortedWasserstein
 from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
 from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temperatures, checks_values
@@ -48,11 +48,10 @@ def _check_values(problem: Problem, call: dict) -> None:
     def of_counted(value: Number) -> Number:  # [N, K], [N] or one number -> the tokens that count
         if isinstance(value, float):
             return value
-        value = value if value.dim() > 1 else value.reshape(-1).expand(problem.tokens)
-        index = problem.rows if problem.kept is None else problem.kept
-        return value if index is None else value[index.to(value.device)]
+        value = value if value.dim() > 1 else value.reshape(-1).expand(problem.tokens.count)
+        return problem.tokens.counted(value)
 
-    if problem.tokens == 0:
+    if problem.tokens.count == 0:
         return
     looks = checks_values(problem.student.values.device)
     for name, model in (("temperature", problem.student), ("teacher_temperature", problem.teacher)):
@@ -109,7 +108,6 @@ def _unpack(call: dict) -> Problem:
         )
         for i, side in enumerate(("student", "teacher"))
     ]
-    rows, kept = counted(call["valid"], call["compact"])
     labels = call["labels"]
     weight = 1.0 if call["token_weight"] is None else call["token_weight"]
     soft = scalars[_SOFT] * weight
@@ -127,8 +125,7 @@ def _unpack(call: dict) -> Problem:
         hard_weight=hard,
         # the kernels take an address: int64, one after the other, whatever the caller had
         labels=None if labels is None else labels.to(torch.int64).contiguous(),
-        rows=rows,
-        kept=kept,
+        tokens=Tokens.that_count(call["valid"], models[0].tokens, call["compact"]),
         entropies=call["parts"],
         compute_dtype=call["compute_dtype"],
         logits_dtype=call["logits_dtype"],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd_kernels.drivers.score import DIVERGENCES, MEASURES, Scoring, walk
 from kd_kernels.drivers.sides import Model
-from kd_kernels.drivers.tokens import counted
+from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.ops.checks import IGNORED, check_range, check_temperatures, checks_values
 from kd_kernels.sources import result_dtype
 
@@ -16,8 +16,7 @@ from kd_kernels.sources import result_dtype
 def _check_values(call: Scoring) -> None:
     check_temperatures("temperature", torch.tensor([call.temperature], dtype=torch.float64, device="cpu"))
     if call.labels is not None and checks_values(call.device):
-        labels = call.labels if call.rows is None else call.labels[call.rows]
-        check_range("labels", labels, call.vocab, otherwise=IGNORED)
+        check_range("labels", call.tokens.take(call.labels), call.vocab, otherwise=IGNORED)
 
 
 @torch.library.custom_op("kd_kernels::score", mutates_args=())
@@ -58,11 +57,10 @@ def score(
         )
         for i, (x, weight, bias) in enumerate(zip(values, weights, biases))
     ]
-    rows, _ = counted(valid, compact=True)
     call = Scoring(
         models,
         labels=None if labels is None else labels.to(torch.int64).contiguous(),
-        rows=rows,
+        tokens=Tokens.that_count(valid, models[0].tokens, compact=True),
         temperature=temperature,
         compute_dtype=compute_dtype,
         logits_dtype=logits_dtype,
