@@ -21,7 +21,7 @@ from kd_kernels.backends import PAIRWISE_L1_SCRATCH, pick
 from kd_kernels.drivers.chunks import default_workspace
 from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.gathered import new_job
-from kd_kernels.drivers.sides import LogitsSide, Model, accumulate_dtype
+from kd_kernels.drivers.sides import HeadEnd, LogitsSide, Model
 from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.drivers.workspace import Workspace, borrow, footprint
 from kd_kernels.gemm import as_matrix, matmul
@@ -245,25 +245,14 @@ class _Walk:
         return common_factor(top, heads, self.problem.compute_dtype)
 
 
-class _HeadSlabs:
+class _HeadSlabs(HeadEnd):
     """Logits of a slab by one product; its gradients carried back by two."""
 
     def __init__(self, model: Model, problem: PairwiseProblem) -> None:
         assert model.weight is not None
-        self.model, self.problem = model, problem
-        dtype = problem.compute_dtype or model.values.dtype
-        self.wide = accumulate_dtype(dtype)
-        self.logits_dtype = problem.logits_dtype or self.wide
-        if self.logits_dtype not in (dtype, self.wide):
-            raise ValueError(
-                f"logits_dtype must be None, {self.wide} or the dtype that the heads compute in; "
-                f"got {self.logits_dtype} for a head in {dtype}"
-            )
-        hidden = model.values.reshape(-1, model.values.shape[-1])
-        self.hidden = problem.tokens.take(problem.tokens.silenced(hidden)).to(dtype)
-        self.d_hidden = self.d_weight = self.d_bias = None
+        super().__init__(model, problem.vocab, problem.tokens, problem.compute_dtype, problem.logits_dtype)
         if model.needs[0]:
-            self.d_hidden = torch.zeros(self.hidden.shape, dtype=self.wide, device=hidden.device)
+            self.d_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=self.wide)
         if model.needs[1]:
             self.d_weight = self._result(model.weight)
         if model.needs[2]:
@@ -272,17 +261,13 @@ class _HeadSlabs:
 
     def _result(self, like: Tensor) -> Tensor:
         """In the parameter's dtype: a slab's part is written once, so that nothing wider need be kept."""
-        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        out[self.problem.vocab :].zero_()  # entries cut off by vocab="truncate"
-        if self.hidden.shape[0] == 0:
-            out.zero_()  # no slab will write it
-        return out
+        return self.cleared(torch.empty(like.shape, dtype=like.dtype, device=like.device))
 
     def room(self, width: int) -> int:
         """Bytes of workspace of a slab."""
         n, features = self.hidden.shape
         total = footprint(n, width, self.logits_dtype.itemsize)
-        if any(self.model.needs) and self.logits_dtype != self.hidden.dtype:
+        if self.wants_gradient and not self.gradient_in_place:
             total += footprint(n, width, self.hidden.dtype.itemsize)
         if self.d_weight is not None and self.d_weight.dtype != self.wide:
             total += footprint(width, features, self.wide.itemsize)
@@ -299,9 +284,8 @@ class _HeadSlabs:
             logits.copy_(self.model.bias[start:stop])
         matmul(self.hidden, self._weight(start, stop).t(), logits, accumulate=self.model.bias is not None)
         grad = None
-        if any(self.model.needs):
-            same = self.logits_dtype == self.hidden.dtype
-            grad = logits if same else workspace.take(n, width, self.hidden.dtype)
+        if self.wants_gradient:
+            grad = logits if self.gradient_in_place else workspace.take(n, width, self.hidden.dtype)
         token = torch.arange(n, device=logits.device)
         return R.Rows(
             logits,
@@ -331,11 +315,10 @@ class _HeadSlabs:
             self.d_bias[slab.start : slab.stop] = rows.grad.sum(0, dtype=self.wide) * factor
 
     def gradients(self, factor: Tensor) -> list[Optional[Tensor]]:
-        d_hidden, values = self.d_hidden, self.model.values
+        d_hidden = self.d_hidden
         if d_hidden is not None:
-            d_hidden = d_hidden.mul_(factor).to(values.dtype)
-            d_hidden = self.problem.tokens.put_back(d_hidden).view(values.shape)
-        return [d_hidden, self.d_weight, self.d_bias]
+            d_hidden = d_hidden.mul_(factor).to(self.model.values.dtype)
+        return [self.of_all(d_hidden), self.d_weight, self.d_bias]
 
 
 class _LogitsSlabs:

@@ -53,7 +53,54 @@ def hidden_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-class HeadSide:
+class HeadEnd:
+    """What all walks need of a head, whether they cut the tokens or the vocabulary."""
+
+    def __init__(
+        self,
+        model: Model,
+        vocab: int,
+        tokens: Tokens,
+        compute_dtype: Optional[torch.dtype],
+        logits_dtype: Optional[torch.dtype],
+    ) -> None:
+        self.model, self.vocab, self.tokens = model, vocab, tokens
+        dtype = compute_dtype or model.values.dtype
+        self.wide = accumulate_dtype(dtype)
+        self.logits_dtype = logits_dtype or self.wide
+        if self.logits_dtype not in (dtype, self.wide):
+            raise ValueError(
+                f"logits_dtype must be None, {self.wide} or the dtype that the heads compute in; "
+                f"got {self.logits_dtype} for a head in {dtype}"
+            )
+        hidden = model.values.reshape(-1, model.values.shape[-1])
+        # Silenced: d weight would meet what such a row holds, NaN included.
+        self.hidden = tokens.take(tokens.silenced(hidden)).to(dtype)
+        self.d_hidden: Optional[Tensor] = None
+        self.d_weight: Optional[Tensor] = None
+        self.d_bias: Optional[Tensor] = None
+
+    def cleared(self, gradient: Tensor) -> Tensor:
+        """``[V, ...]``, zeros where the walk writes nothing: at entries cut off by vocab="truncate", and
+        everywhere without a token."""
+        gradient[self.vocab if self.hidden.shape[0] else 0 :].zero_()
+        return gradient
+
+    @property
+    def wants_gradient(self) -> bool:
+        return any(self.model.needs)
+
+    @property
+    def gradient_in_place(self) -> bool:
+        """The gradient has the compute dtype: it fits over the logits where they have it too."""
+        return self.logits_dtype == self.hidden.dtype
+
+    def of_all(self, d_hidden: Optional[Tensor]) -> Optional[Tensor]:
+        """From the tokens walked to the shape of the hidden states."""
+        return None if d_hidden is None else self.tokens.put_back(d_hidden).view(self.model.values.shape)
+
+
+class HeadSide(HeadEnd):
     """Logits from one chunk-wide GEMM; gradients carried back by two more.
 
     In the vocabulary-major layout a chunk is stored ``[V, c]`` (``weight @ hidden.T``): tokens run
@@ -72,46 +119,19 @@ class HeadSide:
         vocabulary_major: bool,
     ) -> None:
         assert model.weight is not None
-        self.model, self.vocab, self.tokens = model, vocab, tokens
+        super().__init__(model, vocab, tokens, compute_dtype, logits_dtype)
         self.vocabulary_major = vocabulary_major
-        dtype = compute_dtype or model.values.dtype
-        self.wide = accumulate_dtype(dtype)
-        self.logits_dtype = logits_dtype or self.wide
-        if self.logits_dtype not in (dtype, self.wide):
-            raise ValueError(
-                f"logits_dtype must be None, {self.wide} or the dtype that the heads compute in; "
-                f"got {self.logits_dtype} for a head in {dtype}"
-            )
-        hidden = model.values.reshape(-1, model.values.shape[-1])
-        # Silenced: d weight would meet what such a row holds, NaN included.
-        self.hidden = tokens.take(tokens.silenced(hidden)).to(dtype)
+        dtype = self.hidden.dtype
         self.weight = as_matrix(model.weight[:vocab].to(dtype))
         self.bias = None if model.bias is None else model.bias[:vocab].to(self.logits_dtype)
         self.offsets: dict[int, Tensor] = {}
-        self.d_hidden = None
         if model.needs[0]:
             self.d_hidden = torch.empty_like(self.hidden, dtype=hidden_gradient_dtype(dtype))
-        self.d_weight = self._accumulator(model.weight) if model.needs[1] else None
-        self.d_bias = None
+        if model.needs[1]:
+            self.d_weight = self.cleared(lend(model.weight.shape, self.wide, model.weight.device))
         if model.needs[2]:
             assert model.bias is not None
             self.d_bias = torch.zeros(model.bias.shape, dtype=self.wide, device=model.bias.device)
-
-    def _accumulator(self, like: Tensor) -> Tensor:
-        out = lend(like.shape, self.wide, like.device)
-        out[self.vocab :].zero_()  # entries cut off by vocab="truncate"
-        if self.hidden.shape[0] == 0:
-            out.zero_()  # no chunk will write it
-        return out
-
-    @property
-    def wants_gradient(self) -> bool:
-        return any(self.model.needs)
-
-    @property
-    def gradient_in_place(self) -> bool:
-        """The gradient has the compute dtype: it fits over the logits where they have it too."""
-        return self.logits_dtype == self.hidden.dtype
 
     def buffer_itemsizes(self) -> list[int]:
         """Bytes per (token, vocabulary entry) of each workspace tensor."""
@@ -161,10 +181,7 @@ class HeadSide:
 
     def gradients(self) -> list[Optional[Tensor]]:
         """(d hidden by :func:`hidden_gradient_dtype`, d weight and d bias in the accumulator's), or None."""
-        d_hidden = self.d_hidden
-        if d_hidden is not None:
-            d_hidden = self.tokens.put_back(d_hidden).view(self.model.values.shape)
-        return [d_hidden, self.d_weight, self.d_bias]
+        return [self.of_all(self.d_hidden), self.d_weight, self.d_bias]
 
 
 class LogitsSide:
