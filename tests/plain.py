@@ -58,6 +58,17 @@ def gradients(loss: Tensor, sources: list[Source], upstream: Tensor | None = Non
     return list(torch.autograd.grad(loss, wanted, upstream, allow_unused=True))
 
 
+def values_and_gradients(
+    objective: kd.Objective, student: Tensor, teacher: Tensor, backend: str | None, **options
+) -> tuple[Tensor, ...]:
+    """Per-row losses and both gradients for logits."""
+    student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    loss = kd.distill(
+        student, teacher, objective, reduction="none", teacher_grad=True, backend=backend, **options
+    )
+    return loss.detach(), *torch.autograd.grad(loss.sum(), (student, teacher))
+
+
 def compare(
     batch: Batch, student: Source, teacher: Source, objective: kd.Objective, backend: str | None, **options
 ) -> None:

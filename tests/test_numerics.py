@@ -5,21 +5,13 @@ import math
 import pytest
 import torch
 from cases import FLOOR, OBJECTIVES, Batch, error, leaves
+from plain import values_and_gradients
 
 import kd_kernels as kd
 from kd_kernels.reference import divergence
 
 IDS = {"ids": lambda x: x.name if isinstance(x, kd.Objective) else str(x).replace("torch.", "")}
 INF, NAN = math.inf, math.nan
-
-
-def run(objective, student, teacher, backend, **options):
-    """Per-row losses and both gradients for logits."""
-    student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
-    loss = kd.distill(
-        student, teacher, objective, reduction="none", teacher_grad=True, backend=backend, **options
-    )
-    return loss.detach(), *torch.autograd.grad(loss.sum(), (student, teacher))
 
 
 def as_heads(student, teacher):
@@ -47,7 +39,7 @@ def test_gradient_near_agreement(objective, backend):
     student = teacher + 1e-3 * torch.randn(2, 32000)
     wide = [x.double().requires_grad_() for x in (student, teacher)]
     exact = torch.autograd.grad(divergence(objective, *wide).sum(), wide)
-    for x, y in zip(run(objective, student, teacher, backend)[1:], exact):
+    for x, y in zip(values_and_gradients(objective, student, teacher, backend)[1:], exact):
         assert error(x, y) < 2e-3  # d is a difference of float32 logits: 1e-7 * 10 / 1e-3
 
 
@@ -55,7 +47,7 @@ def test_gradient_near_agreement(objective, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], **IDS)
 def test_zero_where_they_agree(objective, dtype, backend):
     logits = (torch.randn(5, 1031) * 5).to(dtype)
-    loss, *grads = run(objective, logits, logits.clone(), backend)
+    loss, *grads = values_and_gradients(objective, logits, logits.clone(), backend)
     assert torch.equal(loss, torch.zeros_like(loss))
     assert all(g.abs().max() < 1e-6 for g in grads)
 
@@ -64,7 +56,9 @@ def test_zero_where_they_agree(objective, dtype, backend):
 def test_never_negative(objective, backend):
     for spread in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
         teacher = torch.randn(6 if backend == "triton" else 64, 257) * 4  # interpreted: fewer
-        loss = run(objective, teacher + spread * torch.randn_like(teacher), teacher, backend)[0]
+        loss = values_and_gradients(
+            objective, teacher + spread * torch.randn_like(teacher), teacher, backend
+        )[0]
         assert (loss >= 0).all()
 
 
@@ -81,7 +75,7 @@ def test_far_below_the_maximum(objective, backend):
     teacher[5], student[5] = teacher[5] * 1e4, student[5] * 1e4
     wide = [x.double().requires_grad_() for x in (student, teacher)]
     exact = divergence(objective, *wide)
-    ours, *grads = run(objective, student, teacher, backend)
+    ours, *grads = values_and_gradients(objective, student, teacher, backend)
     assert torch.isfinite(ours).all()
     assert torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-6)
     for x, y in zip(grads, torch.autograd.grad(exact.sum(), wide)):
@@ -94,7 +88,9 @@ def test_shift_of_1e4(objective, backend):
     """float32 logits with 10000 added keep 3 decimals; what they still say must come through."""
     student, teacher = (torch.randn(2, 3, 517) * 3 + torch.tensor([1e4, -1e4])[:, None, None]).unbind()
     exact = divergence(objective, student.double(), teacher.double())
-    assert torch.allclose(run(objective, student, teacher, backend)[0].double(), exact, rtol=2e-5, atol=1e-6)
+    assert torch.allclose(
+        values_and_gradients(objective, student, teacher, backend)[0].double(), exact, rtol=2e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
@@ -104,9 +100,9 @@ def test_both_banned(objective, backend):
         student, teacher = torch.randn(2, 3, 517) * 2
         keep = torch.ones(517, dtype=torch.bool)
         keep[banned] = False
-        exact = run(objective, student[:, keep], teacher[:, keep], backend)
+        exact = values_and_gradients(objective, student[:, keep], teacher[:, keep], backend)
         student[:, banned] = teacher[:, banned] = -INF
-        ours = run(objective, student, teacher, backend)
+        ours = values_and_gradients(objective, student, teacher, backend)
         assert error(ours[0], exact[0]) < 1e-5
         for x, y in zip(ours[1:], exact[1:]):
             assert error(x[:, keep], y) < 1e-5
@@ -118,7 +114,7 @@ def test_teacher_banned_only(objective, backend):
     """p = 0 contributes 0; under reverse KL with q > 0 the loss is honestly infinite."""
     student, teacher = torch.randn(2, 3, 131)
     teacher[:, 7] = -INF
-    loss, g_s, g_t = run(objective, student, teacher, backend)
+    loss, g_s, g_t = values_and_gradients(objective, student, teacher, backend)
     if objective.name in ("reverse_kl", "weighted_kl"):
         assert torch.equal(loss, torch.full_like(loss, INF))
         return
@@ -133,7 +129,7 @@ def test_teacher_banned_only(objective, backend):
 def test_student_banned_only(objective, backend):
     student, teacher = torch.randn(2, 3, 131)
     student[:, 7] = -INF
-    loss, g_s, _ = run(objective, student, teacher, backend)
+    loss, g_s, _ = values_and_gradients(objective, student, teacher, backend)
     if objective.name in ("forward_kl", "weighted_kl"):
         assert torch.equal(loss, torch.full_like(loss, INF))
         if objective.name == "forward_kl":  # q - p, finite all over
@@ -150,14 +146,14 @@ def test_student_banned_only(objective, backend):
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
 def test_bad_rows_are_nan_and_alone(objective, layout, poison, side, backend):
     logits = torch.randn(2, 40, 131)
-    clean = run(objective, *logits, backend)
+    clean = values_and_gradients(objective, *logits, backend)
     rows = torch.tensor([0, 17, 39])
     if poison == "all -inf":
         logits[side, rows] = -INF
     else:
         logits[side, rows, 77] = poison
     if layout == "logits":
-        loss, *grads = run(objective, *logits, backend)
+        loss, *grads = values_and_gradients(objective, *logits, backend)
     else:
         bad = logits
         weight_free = as_heads(*torch.where(torch.isfinite(bad), bad, 0.0))
@@ -284,13 +280,13 @@ def test_sharp_rows(objective, spread, backend):
 
     exact = gradients_of(lambda s, t: divergence(objective, s, t), torch.float64)
     plain = gradients_of(lambda s, t: divergence(objective, s, t), torch.float32)
-    for x, y, z in zip(run(objective, student, teacher, backend)[1:], plain, exact):
+    for x, y, z in zip(values_and_gradients(objective, student, teacher, backend)[1:], plain, exact):
         assert error(x, z) <= 2 * error(y, z) + FLOOR[torch.float32]
 
 
 def test_a_row_of_the_lowest_finite_number_is_uniform(backend):
     lowest = torch.full((2, 300), torch.finfo(torch.float32).min)
-    ours, *grads = run(kd.JensenShannon(0.3), lowest, torch.randn(2, 300), backend)
+    ours, *grads = values_and_gradients(kd.JensenShannon(0.3), lowest, torch.randn(2, 300), backend)
     assert torch.isfinite(ours).all() and all(torch.isfinite(g).all() for g in grads)
 
 
@@ -310,7 +306,7 @@ def test_a_weight_of_zero_silences_an_infinite_divergence(weights, backend):
     student, teacher = torch.randn(2, 2, 17)
     (student if weights[0] == 0 else teacher)[:, 4] = -torch.inf
     objective = kd.ReverseKL() if weights[0] == 0 else kd.ForwardKL()
-    ours, *grads = run(kd.WeightedKL(*weights), student, teacher, backend)
+    ours, *grads = values_and_gradients(kd.WeightedKL(*weights), student, teacher, backend)
     want = divergence(objective, student.double(), teacher.double())
     assert error(ours, want) < 1e-5 and all(torch.isfinite(g).all() for g in grads)
     assert error(divergence(kd.WeightedKL(*weights), student.double(), teacher.double()), want) < 1e-12
