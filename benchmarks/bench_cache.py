@@ -26,7 +26,7 @@ from harness import Timed, run_rounds
 from providers import Unavailable, need
 from record import Row, rounded
 from registry import Bench
-from report import median, seconds, spread
+from report import failure, median, seconds, spread
 from workloads import CACHE, CACHE_OVER_YARDSTICK, CACHE_QUICK, CacheSize
 
 YARDSTICK = {"read": "raw read", "loader": "step"}
@@ -237,7 +237,7 @@ def cache_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     for row in rows:
         size = CacheSize(**{name: x for name, x in row["case"].items() if name != "threads"})
         over, limit = median(row, "ratio_floor"), CACHE_OVER_YARDSTICK[size.what]
-        note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+        note = failure(row)
         if row["provider"] == "kd" and over is not None and size in CACHE:
             note = f"{'pass' if over <= limit else 'FAIL'} <= {limit:g}"
         width = f", step of 2 x {size.length}, D = {size.width}" if size.width else ""

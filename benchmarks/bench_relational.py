@@ -17,7 +17,7 @@ from contest import Step, contest, errors, graded, run_cases
 from providers import need
 from record import Row
 from registry import Bench
-from report import OURS, cases, median, ratio, seconds, spread
+from report import OURS, cases, failure, median, ratio, seconds, spread, worst_error
 from torch import Tensor
 from workloads import RELATIONAL, RELATIONAL_QUICK, RELATIONAL_SPEEDUP, RelationalSize
 
@@ -344,16 +344,15 @@ def relational_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     for case in cases(rows).values():
         for row in case.values():
             what, over = row["case"]["what"], median(row, "ratio_floor")
-            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            note = failure(row)
             size = RelationalSize(row["case"]["rows"], row["case"]["width"])
             wanted = RELATIONAL_SPEEDUP.get(what)
             if row["provider"] in OURS and over and wanted and size == RELATIONAL[what]:
                 note = f"{'pass' if 1 / over >= wanted else 'FAIL'} published >= {wanted:g}x"
-            error = row.get("error") or {}
             lines.append(
                 (
                     what, f"{size.rows} x {size.width}", row["provider"], spread(row, "seconds", seconds),
-                    ratio(1 / over if over else None), f"{error['worst']:.1e}" if error else "", note,
+                    ratio(1 / over if over else None), worst_error(row), note,
                 )
             )  # fmt: skip
     return lines

@@ -17,7 +17,7 @@ from contest import Step, contest, errors, graded, run_cases
 from providers import need
 from record import Row
 from registry import Bench
-from report import cases, median, ratio, seconds, spread
+from report import cases, failure, median, ratio, seconds, spread, worst_error
 from torch import Tensor
 from workloads import DTYPES, SINKHORN, SINKHORN_QUICK, SINKHORN_SPEEDUP, SinkhornSize
 
@@ -164,18 +164,17 @@ def sinkhorn_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         for row in case.values():
             given, mine = row["case"], median(row)
             size = SinkhornSize(*(given[x] for x in ("problems", "rows", "columns", "iterations", "shared")))
-            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            note = failure(row)
             wanted = SINKHORN_SPEEDUP.get((given["what"], given["dtype"]))
             full = SINKHORN[given["what"]] == size
             judged = full and wanted is not None and row["provider"] in ("kd", "kd implicit")
             if judged and None not in (mine, pot):
                 note = f"{'pass' if pot / mine >= wanted else 'FAIL'} pot >= {wanted:g}x"
-            error = row.get("error") or {}
             lines.append(
                 (
                     given["what"], f"{size.problems} x {size.rows} x {size.columns}, L = {size.iterations}",
                     given["dtype"], row["provider"], spread(row, "seconds", seconds),
-                    ratio(median(row, "ratio_floor")), f"{error['worst']:.1e}" if error else "", note,
+                    ratio(median(row, "ratio_floor")), worst_error(row), note,
                 )
             )  # fmt: skip
     return lines

@@ -16,7 +16,7 @@ from contest import Step, contest, errors, graded, run_cases
 from providers import need
 from record import Row
 from registry import Bench
-from report import cases, median, ratio, seconds, spread
+from report import cases, failure, median, ratio, seconds, spread, worst_error
 from torch import Tensor
 from workloads import DTYPES, SINKHORN_BATCH, SINKHORN_BATCH_QUICK, SINKHORN_BATCH_SPEEDUP, SinkhornBatchSize
 
@@ -120,17 +120,16 @@ def sinkhorn_batch_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         plain = median(case.get("torch"))
         for row in case.values():
             shape, mine = row["case"], median(row)
-            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            note = failure(row)
             first = (shape["tokens"], shape["vocab"]) == (SINKHORN_BATCH[0].tokens, SINKHORN_BATCH[0].vocab)
             if first and row["provider"] == "kd" and mine is not None and plain is not None:
                 verdict = "pass" if plain / mine >= SINKHORN_BATCH_SPEEDUP else "FAIL"
                 note = f"{verdict} torch >= {SINKHORN_BATCH_SPEEDUP:g}x"
-            error = row.get("error") or {}
             lines.append(
                 (
                     f"{shape['tokens']} x {shape['vocab']}", shape["dtype"], row["provider"],
                     spread(row, "seconds", seconds), ratio(median(row, "ratio_floor")),
-                    f"{error['worst']:.1e}" if error else "", note,
+                    worst_error(row), note,
                 )
             )  # fmt: skip
     return lines

@@ -16,7 +16,7 @@ from contest import Step, contest, errors, graded, run_cases
 from providers import need
 from record import Row, rounded
 from registry import Bench
-from report import cases, median, ratio, seconds, spread
+from report import cases, failure, median, ratio, seconds, spread, worst_error
 from torch import Tensor
 from workloads import DTYPES, SORTED, SORTED_OVER_FLOOR, SORTED_QUICK, SORTED_SPEEDUP, SortedSize
 
@@ -139,7 +139,7 @@ def sorted_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         plain = median(case.get("torch"))
         for row in case.values():
             shape, mine, over = row["case"], median(row), median(row, "ratio_floor")
-            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            note = failure(row)
             size = SortedSize(shape["tokens"], shape["vocab"], shape["teacher_vocab"], shape["k"])
             if size == SORTED and row["provider"] == "kd" and over is not None:
                 note = f"{'pass' if over <= SORTED_OVER_FLOOR else 'FAIL'} two sorts <= {SORTED_OVER_FLOOR:g}"
@@ -153,12 +153,11 @@ def sorted_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             ):
                 ahead = plain / mine
                 note = f"{'pass' if ahead >= SORTED_SPEEDUP else 'FAIL'} torch >= {SORTED_SPEEDUP:g}x"
-            error = row.get("error") or {}
             lines.append(
                 (
                     shape["what"], f"{size.tokens} x {size.vocab} + {size.teacher_vocab}, K = {size.k}",
                     shape["dtype"], row["provider"], spread(row, "seconds", seconds), ratio(over),
-                    f"{error['worst']:.1e}" if error else "",
+                    worst_error(row),
                     f"{row['short']:.3g} / {row['bound']:.3g}" if "short" in row else "", note,
                 )
             )  # fmt: skip

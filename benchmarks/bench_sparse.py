@@ -16,7 +16,7 @@ from contest import Step, contest, errors, graded, run_cases
 from providers import need
 from record import Row
 from registry import Bench
-from report import OURS, cases, median, ratio, seconds, spread
+from report import OURS, cases, failure, median, ratio, seconds, spread, worst_error
 from torch import Tensor
 from workloads import DTYPES, SPARSE, SPARSE_OVER_FLOOR, SPARSE_QUICK, SPARSE_SPEEDUP, SparseSize
 
@@ -193,7 +193,7 @@ def sparse_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         for row in case.values():
             what, mine = row["case"]["what"], median(row)
             width = f", D = {row['case']['width']}" if row["case"]["width"] else ""
-            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            note = failure(row)
             if row["provider"] in OURS and mine is not None and sparse_size(row) == SPARSE[what]:
                 judged = []
                 limit, over = SPARSE_OVER_FLOOR.get(what), median(row, "ratio_floor")
@@ -204,11 +204,10 @@ def sparse_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
                     judged.append(f"{'pass' if plain / mine >= wanted else 'FAIL'} torch >= {wanted:g}x")
                 note = "; ".join(judged)
             size = f"{row['case']['tokens']} x {row['case']['vocab']}, K = {row['case']['k']}{width}"
-            error = row.get("error") or {}
             lines.append(
                 (
                     what, size, row["case"]["dtype"], row["provider"], spread(row, "seconds", seconds),
-                    ratio(median(row, "ratio_floor")), f"{error['worst']:.1e}" if error else "", note,
+                    ratio(median(row, "ratio_floor")), worst_error(row), note,
                 )
             )  # fmt: skip
     return lines

@@ -60,6 +60,16 @@ def spread(row: Row, key: str, show: Any) -> str:
     return f"{mark}{show(value['median'])} [{show(value['p20'])} .. {show(value['p80'])}]"
 
 
+def failure(row: Row) -> str:
+    """Why a row was not timed."""
+    return f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+
+
+def worst_error(row: Row) -> str:
+    error = row.get("error")
+    return f"{error['worst']:.1e}" if error else ""
+
+
 def at_target_shape(row: Row) -> bool:
     """The targets are promises about one shape; a quick run shows none."""
     case = row["case"]
@@ -131,7 +141,7 @@ def head_text(rows: Iterable[Row]) -> str:
             faster = (
                 plain / mine if plain and mine and row["provider"] not in (FLOOR, FLOOR_VOCAB_MAJOR) else None
             )
-            note = f"{row['status']}: {row['reason']}" if row["status"] != "ok" else ""
+            note = failure(row)
             if row["provider"] in OURS and mine is not None:
                 note = "; ".join(verdicts(row, case))
             lines.append(
@@ -163,7 +173,7 @@ def rows_text(rows: Iterable[Row]) -> str:
             f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
             ratio(median(row, "ratio_copy")),
             f"{row['error']['gradient']:.1e}" if row.get("error") else "",
-            f"{row['status']}: {row['reason']}" if row["status"] != "ok" else "",
+            failure(row),
         )
         for row in rows
     ]
