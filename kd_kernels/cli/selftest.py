@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_kernels.backends import TABLE
@@ -131,13 +130,8 @@ class DivergenceProblem:
 
 
 def _plain(student: Source, teacher: Source, objective: Objective, **options: Any) -> Tensor:
-    """A careful user's version: logits in the inputs' dtype, then float32."""
-
-    def logits(source: Source) -> Logits:
-        z = F.linear(*source.tensors()) if isinstance(source, Head) else source.values
-        return Logits(z.to(torch.promote_types(z.dtype, torch.float32)), source.scale, source.softcap)
-
-    return dense_distill(logits(student), logits(teacher), objective, **options)
+    logits = (one_model.plain_logits(source) for source in (student, teacher))
+    return dense_distill(*logits, objective, **options)
 
 
 def relative(x: Tensor, exact: Tensor) -> float:

@@ -46,10 +46,11 @@ class OneModel:
         shaping = {"scale": 0.9, "softcap": 12.0}
         return (Head if self.kind == "head" else Logits)(*leaves, **shaping), leaves
 
-    def plain(self, source: Source) -> Logits:
-        """As a careful user does it: logits in the inputs' dtype, then float32."""
-        z = F.linear(*source.tensors()) if isinstance(source, Head) else source.values
-        return Logits(z.to(torch.promote_types(z.dtype, torch.float32)), source.scale, source.softcap)
+
+def plain_logits(source: Source) -> Logits:
+    """As a careful user has them: in the inputs' dtype, then float32."""
+    z = F.linear(*source.tensors()) if isinstance(source, Head) else source.values
+    return Logits(z.to(torch.promote_types(z.dtype, torch.float32)), source.scale, source.softcap)
 
 
 def log_probabilities(
@@ -58,7 +59,7 @@ def log_probabilities(
     source, leaves = model.source(where, dtype)
     ids = model.ids.to(where)
     if plainly:
-        log_q = (logits_of(model.plain(source)) / TEMPERATURE).log_softmax(1)
+        log_q = (logits_of(plain_logits(source)) / TEMPERATURE).log_softmax(1)
         used = ids >= 0
         logprobs = torch.where(used, log_q.gather(1, ids.clamp(min=0)), 0.0)
         entropy = torch.where(used.any(1), -(log_q.exp() * log_q).sum(1), 0.0)
@@ -80,7 +81,7 @@ def sparse_teacher(model: OneModel, where: str, dtype: torch.dtype, backend: str
         "teacher_temperature": 1.0,
     }
     if plainly:
-        loss = dense_distill(model.plain(source), target, ForwardKL(), **options)
+        loss = dense_distill(plain_logits(source), target, ForwardKL(), **options)
     else:
         loss = distill(source, target, ForwardKL(), backend=backend, workspace_bytes=256 << 10, **options)
     return [("loss", loss), *_named(torch.autograd.grad(loss, leaves))]
@@ -94,7 +95,7 @@ def largest(model: OneModel, where: str, dtype: torch.dtype, backend: str, plain
             source, K, temperature=TEMPERATURE, targets=targets, backend=backend, workspace_bytes=256 << 10
         )
         return [(name, getattr(found, name)) for name in _TOPK]
-    z = logits_of(model.plain(source)).detach()
+    z = logits_of(plain_logits(source)).detach()
     values, ids = z.topk(K, 1)
     log_p = (z / TEMPERATURE).log_softmax(1)
     at_target = torch.where(targets >= 0, log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0.0)

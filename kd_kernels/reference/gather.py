@@ -35,12 +35,12 @@ def gather(job: R.GatherJob, phases: int) -> None:
         top, logz = (stats[:, i, None].to(dtype) for i in (R.OTHERS_MAX, R.OTHERS_LOGZ))
         below = torch.where(others == -torch.inf, -torch.inf, others - top)
         log_share = below / job.side.temperature.to(dtype)[:, None] - logz
-        g = _times(job.soft, log_share.exp())
+        g = times(job.soft, log_share.exp())
         if job.slope is not None:
-            g = g + _times(job.slope, torch.where(log_share == -torch.inf, 0.0, log_share.exp() * log_share))
+            g = g + times(job.slope, torch.where(log_share == -torch.inf, 0.0, log_share.exp() * log_share))
         if job.hard:
             assert job.hard_weight is not None
-            g = g + _times(job.hard_weight, (below - stats[:, R.OTHERS_LOGZ_HARD, None].to(dtype)).exp())
+            g = g + times(job.hard_weight, (below - stats[:, R.OTHERS_LOGZ_HARD, None].to(dtype)).exp())
         g = torch.where(others == -torch.inf, 0.0, g)
         g = _with(g, 0.0).scatter(1, index, job.at_ids.to(dtype))[:, : job.vocab]
         if job.side.softcap:
@@ -53,6 +53,7 @@ def _with(x: Tensor, fill: float) -> Tensor:
     return torch.nn.functional.pad(x, (0, 1), value=fill)
 
 
-def _times(coefficient: Tensor, x: Tensor) -> Tensor:
+def times(coefficient: Tensor, x: Tensor) -> Tensor:
+    """``[n]`` times ``[n, V]``; 0 silences whatever the row holds."""
     c = coefficient.to(x.dtype)[:, None]
     return torch.where(c == 0, 0.0, c * x)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
+from kd_kernels.reference.gather import times
 from kd_kernels.reference.row_divergence import shifted
 
 # What this takes beside the logits, in bytes per token and entry of the larger vocabulary: the values, their
@@ -72,18 +73,13 @@ def _write_gradient(
     soft = torch.zeros_like(masses).scatter_(1, ranked.order, masses * centred(signs, masses))
     soft = soft / side.rows.temperature.to(dtype)[:, None]
     soft = torch.where(defined[:, None], soft, torch.nan)
-    gradient = _times(job.soft_weight, soft)
+    gradient = times(job.soft_weight, soft)
     if side is job.student and job.hard_weight is not None:
         assert job.hard_logz is not None and job.labels is not None
         hard = (ranked.below - job.hard_logz.to(dtype)[:, None]).exp()
         hard = hard - (torch.arange(side.vocab, device=hard.device) == job.labels[:, None]).to(dtype)
-        gradient = gradient + _times(job.hard_weight, hard)
+        gradient = gradient + times(job.hard_weight, hard)
     if side.rows.softcap:
         slope = 1 - (ranked.z / side.rows.softcap) ** 2
         gradient = torch.where(gradient == 0, 0.0, gradient * slope)
     side.rows.write_grad(gradient * side.rows.scale)
-
-
-def _times(coefficient: Tensor, x: Tensor) -> Tensor:
-    c = coefficient.to(x.dtype)[:, None]
-    return torch.where(c == 0, 0.0, c * x)
