@@ -144,11 +144,8 @@ def distill(
     gathers = gathers_of(student, teacher)  # before the sources are rebuilt without them
     sparse = isinstance(teacher, SparseTarget)
     if sparse:
-        if ranked:
-            _check_ranked_target(objective, teacher)
-        if teacher_grad:
-            raise ValueError("teacher_grad=True needs a teacher with gradients; a SparseTarget is a constant")
-        teacher.check_temperature(temperature if teacher_temperature is None else teacher_temperature)
+        hot = temperature if teacher_temperature is None else teacher_temperature
+        _check_sparse(objective, teacher, hot, teacher_grad)
         teacher = teacher.constant(student.tensors()[0].dtype)
         named = (saveable(teacher.ids), saveable(teacher.log_tail_mass), teacher.missing)
     elif not teacher_grad:
@@ -211,19 +208,11 @@ def distill(
     if ranked:
         per_token_weight = (x for x in (weight, t_s**2 if temperature_squared else None) if x is not None)
         loss = _through_masses(loss, objective, others[0], soft_weight, list(per_token_weight))
-    if unreduced:
-        loss = loss.reshape(lead)
-    elif reduction == "mean":
-        loss = loss / (count(valid, lead, device).clamp(min=1) if num_items is None else num_items)
-    elif reduction == "batchmean":
-        loss = loss / max(lead[0] if len(lead) else 1, 1)
+    loss = _reduced(loss, reduction, num_items, valid, lead)
     if not return_parts:
         return loss
-    columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
-    bound = torch.zeros_like(columns[R.SOFT])
-    if objective.top_k is not None:
-        bound = others[0][:, R.ERROR_BOUND].detach().to(terms.dtype).reshape(lead)
-    return loss, Parts(*columns, valid_tokens=count(valid, lead, device), error_bound=bound)
+    bounds = None if objective.top_k is None else others[0][:, R.ERROR_BOUND]
+    return loss, _parts(terms, bounds, valid, lead)
 
 
 def _through_masses(
@@ -240,6 +229,28 @@ def _through_masses(
         term = known_gradient(mass.reshape(-1).to(torch.float64), gradient).to(loss.dtype)
         loss = loss + (term if loss.dim() else term.sum())
     return loss
+
+
+def _reduced(
+    loss: Tensor, reduction: str, num_items: Optional[Scalar], valid: Optional[Tensor], lead: torch.Size
+) -> Tensor:
+    """From the op's loss, which is a sum unless it is per token."""
+    if reduction == "none":
+        return loss.reshape(lead)
+    if reduction == "mean":
+        return loss / (count(valid, lead, loss.device).clamp(min=1) if num_items is None else num_items)
+    if reduction == "batchmean":
+        return loss / max(lead[0] if len(lead) else 1, 1)
+    return loss
+
+
+def _parts(terms: Tensor, bounds: Optional[Tensor], valid: Optional[Tensor], lead: torch.Size) -> Parts:
+    """From the op's terms ``[N, 4]`` and, of a top-K form, its bounds ``[N]``."""
+    columns = [terms[:, i].detach().reshape(lead) for i in range(R.TERM_COLUMNS)]
+    bound = torch.zeros_like(columns[R.SOFT])
+    if bounds is not None:
+        bound = bounds.detach().to(terms.dtype).reshape(lead)
+    return Parts(*columns, valid_tokens=count(valid, lead, terms.device), error_bound=bound)
 
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -310,6 +321,16 @@ def _check_options(objective: Objective, reduction: str, num_items: Optional[Sca
         raise ValueError(f"num_items must be > 0, got {num_items}")
     if vocab not in ("error", "truncate"):
         raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
+
+
+def _check_sparse(
+    objective: Objective, teacher: SparseTarget, temperature: Scalar, teacher_grad: bool
+) -> None:
+    if isinstance(objective, SortedWasserstein):
+        _check_ranked_target(objective, teacher)
+    if teacher_grad:
+        raise ValueError("teacher_grad=True needs a teacher with gradients; a SparseTarget is a constant")
+    teacher.check_temperature(temperature)
 
 
 def _check_ranked_target(objective: SortedWasserstein, teacher: SparseTarget) -> None:
