@@ -16,6 +16,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from kd_kernels.ops.backward import in_place, keep, kept
 from kd_kernels.ops.logprobs import linear_logprobs, linear_logprobs_backward
 from kd_kernels.ops.pairwise_l1 import pairwise_l1, pairwise_l1_backward
 from kd_kernels.ops.row_divergence import row_divergence, row_divergence_backward
@@ -138,27 +139,20 @@ class _Regathering(torch.autograd.Function):
         ctx, run: Callable, backward: Callable, gathers: list[Optional[Gather]], *arguments: Any
     ) -> tuple[Tensor, Tensor]:
         results, constants, made = run(*arguments)
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*constants)
         # [values, weight, bias] of each model come first
         again = [x for i, gather in enumerate(gathers) if gather for x in (3 * i + 1, 3 * i + 2)]
-        saved = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and i not in again]
-        ctx.save_for_backward(*made, *(arguments[i] for i in saved))
-        ctx.run_backward, ctx.made = backward, len(made)
-        ctx.gathers, ctx.saved, ctx.wanted = gathers, saved, ctx.needs_input_grad[3:]
-        ctx.rest = [None if isinstance(x, Tensor) else x for x in arguments]
+        keep(ctx, [None if i in again else x for i, x in enumerate(arguments)], *made)
+        ctx.run_backward, ctx.gathers, ctx.wanted = backward, gathers, ctx.needs_input_grad[3:]
         return (*results, *constants)
 
     @staticmethod
     def backward(ctx, *upstream: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         if all(x is None for x in upstream):
-            return (None,) * (3 + len(ctx.rest))
-        tensors = ctx.saved_tensors
-        made, arguments = tensors[: ctx.made], list(ctx.rest)
-        for i, tensor in zip(ctx.saved, tensors[ctx.made :]):
-            arguments[i] = tensor
+            return (None,) * (3 + len(ctx.wanted))
+        made, arguments = kept(ctx)
         for i, gather in enumerate(ctx.gathers):
             if gather is not None:
                 arguments[3 * i + 1 : 3 * i + 3] = gather()
-        gradients = iter(ctx.run_backward(upstream, made, arguments))
-        return None, None, None, *(next(gradients) if wanted else None for wanted in ctx.wanted)
+        gradients = ctx.run_backward(upstream, made, arguments)
+        return None, None, None, *in_place(gradients, ctx.wanted, len(arguments))
