@@ -110,7 +110,7 @@ def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement
     def side(model: Model, vocab: int) -> Union[HeadSide, LogitsSide]:
         dtypes = problem.compute_dtype, problem.logits_dtype
         scratch = (problem.target is not None or problem.top_k is not None) and backend in OVERWRITES
-        return side_of(model, vocab, tokens.rows, tokens.kept, *dtypes, vocabulary_major, scratch)
+        return side_of(model, vocab, tokens, *dtypes, vocabulary_major, scratch)
 
     student = side(problem.student, problem.vocab)
     if problem.target is None:

@@ -53,7 +53,7 @@ def walk_logprobs(
     name, gather = pick("gather", device, problem.backend)
     vocabulary_major = model.is_head and name in VOCABULARY_MAJOR
     dtypes = problem.compute_dtype, problem.logits_dtype
-    side = side_of(model, vocab, tokens.rows, tokens.kept, *dtypes, vocabulary_major, copy=name in OVERWRITES)
+    side = side_of(model, vocab, tokens, *dtypes, vocabulary_major, copy=name in OVERWRITES)
 
     ids = tokens.take(problem.ids)
     n = ids.shape[0]

@@ -63,7 +63,7 @@ def walk(call: Scoring) -> Measured:
     compare = pick("row_divergence", device, call.backend)[1] if count > 1 else None
     dtypes = call.compute_dtype, call.logits_dtype
     # Row-major, as the topk kernel reads them.
-    sides = [side_of(model, call.vocab, call.tokens.rows, None, *dtypes) for model in call.models]
+    sides = [side_of(model, call.vocab, call.tokens, *dtypes) for model in call.models]
     chunk, size = cut(sides, n, call.vocab, device, call.workspace_bytes)
 
     labels = None if call.labels is None else call.tokens.take(call.labels)

@@ -241,15 +241,13 @@ class LogitsSide:
 def side_of(
     model: Model,
     vocab: int,
-    rows: Optional[Tensor],
-    kept: Optional[Tensor],
+    tokens: Tokens,
     compute_dtype: Optional[torch.dtype],
     logits_dtype: Optional[torch.dtype],
     vocabulary_major: bool = False,
     copy: bool = False,
 ) -> Union[HeadSide, LogitsSide]:
     """A model's end of a walk, whatever the model is; ``copy`` asks existing logits for scratch memory."""
-    tokens = Tokens(model.tokens, rows, kept)
     if not model.is_head:
         return LogitsSide(model, vocab, tokens, copy)
     return HeadSide(model, vocab, tokens, compute_dtype, logits_dtype, vocabulary_major)

@@ -13,7 +13,7 @@ from kd_kernels.backends import pick
 from kd_kernels.counter_random import uniforms
 from kd_kernels.drivers.chunks import cut
 from kd_kernels.drivers.sides import Model, side_of
-from kd_kernels.drivers.tokens import moved
+from kd_kernels.drivers.tokens import Tokens, moved
 from kd_kernels.drivers.workspace import borrow
 
 
@@ -36,9 +36,9 @@ class TopkProblem:
 def walk_topk(problem: TopkProblem) -> R.TopkJob:
     """What a :class:`kd_kernels.rows.TopkJob` results in, over all N tokens; draws in ascending order."""
     model, device = problem.model, problem.model.values.device
-    vocab, n = model.vocab_size, model.values.shape[:-1].numel()
+    vocab, n = model.vocab_size, model.tokens
     _, kernel = pick("topk", device, problem.backend, k=problem.k)
-    side = side_of(model, vocab, None, None, problem.compute_dtype, problem.logits_dtype)
+    side = side_of(model, vocab, Tokens(n), problem.compute_dtype, problem.logits_dtype)
     chunk, size = cut([side], n, vocab, device, problem.workspace_bytes)
 
     temperatures = moved(problem.temperatures, device)
