@@ -6,6 +6,7 @@ from cases import DTYPES, error
 from transport import BACKENDS, GRADIENT_BAR, NAMES, ORDERS, Problems, agree, dense, gradients  # noqa: F401
 
 import kd_kernels as kd
+from kd_kernels import triton_transport
 
 IDS = {"ids": lambda x: str(x).replace("torch.", "")}
 SHARED = pytest.mark.parametrize("shared", [False, True], ids=["own cost", "shared cost"])
@@ -316,3 +317,29 @@ def test_gradcheck(gradient, shared, backend):
         return found.transport_cost, found.value, found.plan
 
     assert torch.autograd.gradcheck(results, (cost, *free), atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["envelope", "unrolled", "implicit"])
+def test_triton_leaves_the_iterations_of_a_few_large_problems_to_torch(gradient, monkeypatch):
+    """Bit for bit the plain version's, and so is the gradient through them."""
+    asked = []
+    monkeypatch.setattr(triton_transport, "_SINKHORN_LARGE", 62)
+    monkeypatch.setattr(
+        triton_transport, "kernels", lambda kernels=triton_transport.kernels: asked.append(1) or kernels()
+    )
+    problems = Problems()
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = problems.leaves()
+        found = kd.sinkhorn(*leaves, epsilon=0.1, iterations=ENOUGH, gradient=gradient, backend=backend)
+        of = found.value if gradient == "envelope" else found.transport_cost
+        results.append((of, found.f, *slopes(of, *leaves)))
+    assert bool(asked) == (gradient != "unrolled")
+    for i, (ours, theirs) in enumerate(zip(*results)):
+        if gradient != "unrolled" and i >= 2:
+            agree(ours, theirs, GRADIENT_BAR[torch.float64])
+        else:
+            assert torch.equal(ours, theirs)
+    monkeypatch.setattr(triton_transport, "_SINKHORN_LARGE", 63)  # pairs of a problem
+    kd.sinkhorn(*problems.leaves(), epsilon=0.1, iterations=2, backend="triton")
+    assert asked
