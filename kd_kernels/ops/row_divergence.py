@@ -10,6 +10,7 @@ compiled graph, and every new value a recompilation.
 """
 
 # The schema of scale_gradient is read from its annotations: no postponed ones.
+import math
 from typing import Optional
 
 import torch
@@ -207,7 +208,7 @@ row_divergence_op = torch.library.custom_op(
 def _(*args):
     call = dict(zip(ARGUMENTS, args))
     student, teacher = call["student"], call["teacher"]
-    tokens = student.shape[:-1].numel()
+    tokens = math.prod(student.shape[:-1])  # Size.numel() would make constants of sizes that vary
     dtype = result_dtype(student, teacher)
 
     def of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

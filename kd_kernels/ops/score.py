@@ -1,6 +1,7 @@
 """Scores of any number of models as a torch op: without autograd, whole under ``torch.compile``."""
 
 # Schemas are read from the annotations: no postponed ones, and typing's own generics, for torch 2.6.
+import math
 from typing import List, Optional, Tuple
 
 import torch
@@ -74,7 +75,8 @@ def score(
 
 @score.register_fake
 def _(values, weights, biases, valid, labels, scalars, *rest):
-    count, tokens, dtype = len(values), values[0].shape[:-1].numel(), result_dtype(*values)
+    tokens = math.prod(values[0].shape[:-1])  # Size.numel() would make constants of sizes that vary
+    count, dtype = len(values), result_dtype(*values)
     return (
         values[0].new_empty((count, MEASURES, tokens), dtype=dtype),
         values[0].new_empty((count, tokens), dtype=torch.int64),
