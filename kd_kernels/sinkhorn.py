@@ -293,12 +293,15 @@ def _check_lengths(lengths: Tensor, size: int, what: str) -> None:
 
 
 def _batch(cost: Tensor, a: Optional[Tensor], b: Optional[Tensor], lengths) -> int:
-    counts = {x.shape[0] for x in (a, b) if isinstance(x, Tensor) and x.dim() == 2}
-    counts |= {cost.shape[0]} if cost.dim() == 3 else set()
-    counts |= {x.shape[0] for x in _pair(lengths)} if lengths is not None else set()
-    if len(counts) > 1:
-        raise ValueError(f"cost, a, b and lengths must agree on the number of problems, got {sorted(counts)}")
-    return max(counts, default=1)
+    counts = [x.shape[0] for x in (a, b) if isinstance(x, Tensor) and x.dim() == 2]
+    counts += [cost.shape[0]] if cost.dim() == 3 else []
+    counts += [x.shape[0] for x in _pair(lengths)] if lengths is not None else []
+    # Compared one by one: a set would make constants of a compiled graph of sizes that vary.
+    if any(count != counts[0] for count in counts[1:]):
+        raise ValueError(
+            f"cost, a, b and lengths must agree on the number of problems, got {sorted(set(counts))}"
+        )
+    return counts[0] if counts else 1
 
 
 def _marginals(
