@@ -12,6 +12,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from kd_kernels.arguments import outside_graphs
 from kd_kernels.logprobs import linear_logprobs
 from kd_kernels.sources import Head, Logits, Shown, Source, SparseTarget, Teacher, as_teacher
 
@@ -87,6 +88,7 @@ class Alignment(Shown):
         return len(self.sample) / (self.samples * pairs[self.sample]).to(torch.float32)
 
 
+@outside_graphs
 def answer_rows(mask: Tensor) -> list[Tensor]:
     """Of each sample, the rows that predict its answer's tokens.
 
@@ -102,6 +104,7 @@ def answer_rows(mask: Tensor) -> list[Tensor]:
     return [row.nonzero()[:, 0] + i * mask.shape[1] for i, row in enumerate(mask)]
 
 
+@outside_graphs
 def byte_groups(student: Sequence, teacher: Sequence) -> list[Group]:
     """The finest groups of tokens in which two tokenizations of one text agree.
 
@@ -137,6 +140,7 @@ def byte_groups(student: Sequence, teacher: Sequence) -> list[Group]:
     return [group for group in groups if group[0] and group[1]]
 
 
+@outside_graphs
 def align_tokens(
     student_rows: Sequence[Rows],
     teacher_rows: Sequence[Rows],
@@ -238,7 +242,8 @@ def take_rows(source: Teacher, rows: Tensor) -> Teacher:
 
     def of(tensor: Tensor) -> Tensor:
         flat = tensor.reshape(-1, tensor.shape[-1])
-        if rows.numel() and not rows.is_cuda and int(rows.max()) >= len(flat):
+        looks = not torch.compiler.is_compiling() and not rows.is_cuda
+        if looks and rows.numel() and int(rows.max()) >= len(flat):
             raise ValueError(f"row {int(rows.max())} of an alignment, but there are {len(flat)} tokens")
         return flat.index_select(0, rows.to(tensor.device))
 

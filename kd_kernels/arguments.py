@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+from collections.abc import Callable
 from typing import Optional, Union
 
 import torch
@@ -178,6 +180,18 @@ def flat_ids(name: str, ids: Tensor, ignore_index: int, lead: torch.Size, device
     return torch.where(flat == ignore_index, -1, flat)
 
 
+def outside_graphs(function: Callable) -> Callable:
+    """For a function that asks its inputs' values how to go on: a compiler would make dozens of graphs of it,
+    and others for every length. It runs as it stands instead; ``fullgraph=True`` refuses it by its name."""
+    as_it_stands = torch._disable_dynamo(function)  # torch.compiler.disable would load the compiler now
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        return (as_it_stands if torch.compiler.is_compiling() else function)(*arguments, **options)
+
+    return run
+
+
 # --- small conversions --------------------------------------------------------------------------------
 
 
@@ -214,7 +228,16 @@ def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) 
 
 
 def detached(source: Source) -> Source:
-    values, weight, bias = (None if x is None else x.detach() for x in source.tensors())
+    return _of_each(source, lambda x: None if x is None else x.detach())
+
+
+def saveable_source(source: Source) -> Source:
+    """The source in tensors that autograd can save: see :func:`saveable`."""
+    return _of_each(source, saveable)
+
+
+def _of_each(source: Source, made: Callable[[Optional[Tensor]], Optional[Tensor]]) -> Source:
+    values, weight, bias = (made(x) for x in source.tensors())
     if isinstance(source, Head):
         return Head(values, weight, bias, source.scale, source.softcap)
     return type(source)(values, source.scale, source.softcap)

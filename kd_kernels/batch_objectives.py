@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import rows as R
-from kd_kernels.arguments import check_per_token, saveable
+from kd_kernels.arguments import check_per_token, outside_graphs, saveable
 from kd_kernels.logprobs import linear_logprobs
 from kd_kernels.objectives import Objective, SinkhornBatch
 from kd_kernels.ops.pairwise_l1 import pairwise_l1
@@ -104,7 +104,11 @@ def sinkhorn_batch(
         terms[:, R.SOFT].index_put_((members.clamp(min=0),), rows, accumulate=True)
         terms[:, R.STUDENT_ENTROPY] = read.entropy(read.student, call["student_temperature"])
         terms[:, R.TEACHER_ENTROPY] = read.entropy(read.teacher, call["teacher_temperature"])
-    return loss, terms
+    return loss, terms.to(loss.dtype)
+
+
+# How many groups there are, and how long, is for their values to say.
+grouped_sinkhorn_batch = outside_graphs(sinkhorn_batch)
 
 
 class _Reader:
@@ -127,14 +131,14 @@ class _Reader:
         labels = self._counted(labels.to(torch.int64))
         return linear_logprobs(self.student, labels, **self.resources).reshape(-1)
 
-    @torch.no_grad()
     def entropy(self, source: Source, temperature: Tensor) -> Tensor:
         any_id = self._counted(
             torch.zeros(self.lead.numel(), dtype=torch.int64, device=source.tensors()[0].device)
         )
         temperature = temperature.reshape(self.lead) if temperature.dim() else temperature
         options = dict(self.resources, temperature=temperature, entropy=True)
-        return linear_logprobs(source, any_id, **options)[1].reshape(-1)
+        with torch.no_grad():  # as a decorator it would end a compiled graph
+            return linear_logprobs(source, any_id, **options)[1].reshape(-1)
 
 
 def _cut(source: Source, vocab: int) -> Source:

@@ -25,7 +25,7 @@ from kd_kernels.arguments import (
     valid_tokens,
 )
 from kd_kernels.backends import BackendUnavailable
-from kd_kernels.batch_objectives import check_batch_options, sinkhorn_batch
+from kd_kernels.batch_objectives import check_batch_options, grouped_sinkhorn_batch, sinkhorn_batch
 from kd_kernels.objectives import Objective, SinkhornBatch, SortedWasserstein
 from kd_kernels.ops.known_gradient import known_gradient
 from kd_kernels.ops.row_divergence import row_divergence
@@ -180,7 +180,8 @@ def distill(
         run = functools.partial(regathering_row_divergence, gathers)
     if isinstance(objective, SinkhornBatch):
         weights = soft_weight, hard_weight
-        run = functools.partial(sinkhorn_batch, objective, student, teacher, gathers, groups, weights)
+        batch = sinkhorn_batch if groups is None else grouped_sinkhorn_batch
+        run = functools.partial(batch, objective, student, teacher, gathers, groups, weights)
     loss, terms, *others = run(
         *tensors,
         *(named if sparse else (None, None, "")),

@@ -19,8 +19,11 @@ from kd_kernels.arguments import (
     check_sources,
     detached,
     is_number,
+    outside_graphs,
     per_token,
     refuse_transforms,
+    saveable,
+    saveable_source,
 )
 from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of
 from kd_kernels.distill import distill
@@ -56,6 +59,7 @@ def match_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int]) -
     return torch.tensor([(own, other) for other, own in pairs], dtype=torch.int64).reshape(-1, 2)
 
 
+@outside_graphs
 def hybrid_uld(
     student: Source | Tensor,
     teacher: Source | Tensor,
@@ -110,7 +114,8 @@ def hybrid_uld(
         BackendUnavailable: the named backend cannot serve the call.
 
     The logits are made a few pairs at a time, and again in the backward pass unless the workspace holds all.
-    Double backward raises; ``torch.func`` transforms are refused.
+    Double backward raises; ``torch.func`` transforms are refused. ``torch.compile`` leaves a call as it
+    stands, between two graphs.
 
     Source: TRL 1.16, ``trl.experimental.gold``; Boizard et al. 2024 (ULD).
     """
@@ -132,6 +137,7 @@ def hybrid_uld(
     weights = _two_numbers(weights)
     if not teacher_grad:
         teacher = detached(teacher)
+    student, teacher, matches = saveable_source(student), saveable_source(teacher), saveable(matches)
     dtype = result_dtype(*(x for x in (*student.tensors(), *teacher.tensors()) if x is not None))
     matched = matches.to(device=device, dtype=torch.int64).unbind(1)
     others = [torch.ones(n, dtype=torch.bool, device=device).index_fill(0, ids, False).nonzero()[:, 0]
@@ -167,7 +173,7 @@ def hybrid_uld(
     found = by_chunks(terms, *chunks, *masses)
     loss = (found * found.new_tensor(weights)).sum(1)
     if token_weight is not None:
-        loss = loss * per_token("token_weight", token_weight, lead, device).to(dtype)
+        loss = loss * per_token("token_weight", saveable(token_weight), lead, device).to(dtype)
     if reduction == "none":
         loss = loss.reshape(lead)
     else:

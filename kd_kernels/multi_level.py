@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_kernels.arguments import check_per_token, check_positive, check_source, detached, refuse_transforms
+from kd_kernels.arguments import (
+    check_per_token,
+    check_positive,
+    check_source,
+    detached,
+    outside_graphs,
+    refuse_transforms,
+    saveable_source,
+)
 from kd_kernels.sources import Source, as_source, result_dtype
 from kd_kernels.standardised import Standardised
 from kd_kernels.transport import sequence_transport
@@ -28,6 +36,7 @@ class MultiLevelParts:
     """``[B]``, nats: see :class:`kd_kernels.TransportParts`. Near 0 the third term is a mean of distances."""
 
 
+@outside_graphs
 def multi_level_transport(
     student: Source | Tensor,
     teacher: Source | Tensor,
@@ -97,7 +106,7 @@ def multi_level_transport(
 
     Waits for a GPU, to know how long the answers are. The logits are made a few tokens at a time, once, and
     again in the backward pass (and for ``match="nearest"``). Double backward raises; ``torch.func``
-    transforms are refused.
+    transforms are refused. ``torch.compile`` leaves a call as it stands, between two graphs.
 
     Source: Cui et al. 2025, "Multi-Level Optimal Transport for Universal Cross-Tokenizer Knowledge
     Distillation on Language Models" (AAAI), and its code, 2018cx/Multi-Level-OT.
@@ -112,6 +121,7 @@ def multi_level_transport(
         ("sinkhorn_temperature", sinkhorn_temperature),
     ):
         check_positive(name, value)
+    student, teacher = saveable_source(student), saveable_source(teacher)
     dtype = result_dtype(*(x for x in (*student.tensors(), *teacher.tensors()) if x is not None))
     own = _Side(student, student_mask, temperature, dtype, workspace_bytes)
     other = _Side(teacher if teacher_grad else detached(teacher), teacher_mask, hot, dtype, workspace_bytes)
