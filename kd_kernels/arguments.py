@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Optional, Union
+from typing import Any, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from kd_kernels.sources import FLOATING, Head, Logits, Source, SparseTarget, Teacher
 
 Scalar = Union[float, Tensor]
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 # --- checks -------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def flat_ids(name: str, ids: Tensor, ignore_index: int, lead: torch.Size, device
     return torch.where(flat == ignore_index, -1, flat)
 
 
-def outside_graphs(function: Callable) -> Callable:
+def outside_graphs(function: Call) -> Call:
     """For a function that asks its inputs' values how to go on: a compiler would make dozens of graphs of it,
     and others for every length. It runs as it stands instead; ``fullgraph=True`` refuses it by its name."""
     as_it_stands = torch._disable_dynamo(function)  # torch.compiler.disable would load the compiler now
