@@ -19,6 +19,7 @@ TARGETS = [name for name in TABLE if name != "triton"]
 SLACK = 8
 # Bytes a thread that another Triton, with another ptxas, may spill where this one's spills nothing.
 OTHERS_SPILLS = 64
+INNER_LOOPS = ("pairwise_l1 pair_sums", "pairwise_l1 pair_gradient")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Entries of the table: dtypes x sizes x (a training step, everything at once); of two kernels for several K.
 ENTRIES = {
@@ -66,7 +67,9 @@ def check(target: str, found: dict) -> None:
         if on_record:
             for key in report.keys() & {"registers", "vgpr_count"}:
                 assert report[key] <= TABLE[target][label][key] + SLACK, (label, key, report)
-            # Through it numbers go from thread to thread.
+        # Through it numbers go from thread to thread. Inner loops that need none must need none under any
+        # version: which layout is taken, where several would do, changes with them.
+        if on_record or label.startswith(INNER_LOOPS) and "float32" in label:
             assert report["shared"] <= TABLE[target][label]["shared"], (label, report)
 
 

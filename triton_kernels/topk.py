@@ -155,6 +155,14 @@ def load_targets(
 
 
 @triton.jit
+def block_columns(first, entries):
+    """Columns of a block ``[runs x groups, lanes, width]``, said to be neighbours along the lanes too: it
+    makes the compiler lay the threads over these first."""
+    LANES: tl.constexpr = entries.shape[1]
+    return tl.max_contiguous(first + entries, [1, min(LANES, 2), entries.shape[2]])
+
+
+@triton.jit
 def store_targets(target_values, target_ranks, first, count, known, z, rank, RP: tl.constexpr):
     r = first + tl.arange(0, RP)
     if RP == 1:
@@ -265,8 +273,7 @@ def walk(
         rank = no_ranks(RP, GROUPS, LANES)
 
     for i in range(blocks):
-        # Said to be neighbours along the lanes too: it makes the compiler lay the threads over these first.
-        columns = tl.max_contiguous(i * BLOCK + entries, [1, min(LANES, 2), WIDTH])
+        columns = block_columns(i * BLOCK, entries)
         if (i + 1) * BLOCK <= vocab:
             z = load_whole(start, columns, scale, cap, CAPPED, SCALED, F)
         else:
@@ -304,7 +311,7 @@ def walk(
             )
             rank = no_ranks(RP, GROUPS, LANES)
             for i in range(blocks):
-                columns = i * BLOCK + entries
+                columns = block_columns(i * BLOCK, entries)
                 z = load_block(start, columns, columns < vocab, scale, cap, CAPPED, F)
                 z = tl.reshape(z, [RUNS, GROUPS, LANES, WIDTH])
                 columns = tl.reshape(columns, [RUNS, GROUPS, LANES, WIDTH])
