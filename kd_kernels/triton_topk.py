@@ -44,9 +44,9 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-def registers(kernel: str, wide: bool) -> int:
+def registers(kernel: str, k: int, wide: bool) -> int:
     """Of a thread at most."""
-    return MANY_REGISTERS if kernel == "largest" and wide else REGISTERS
+    return MANY_REGISTERS if kernel == "largest" and (wide or k > 512) else REGISTERS
 
 
 def walk_launch(vocab: int, temperatures: int, targets: int, wide: bool) -> Launch:
@@ -145,7 +145,7 @@ def _launch(
             F=number,
             **launch.constants,
             **constants,
-            **options(launch.num_warps, registers=registers(name, wide)),
+            **options(launch.num_warps, registers=registers(name, k, wide)),
         )
 
     with on(job.statistics):

@@ -249,6 +249,35 @@ def test_groups_of_several_runs_of_triton(vocab):
     check(topk_job(side(z, torch.float32), vocab, 40, (0.9, 2.0), targets=3, draws=3), "triton")
 
 
+@pytest.mark.parametrize("kind", ["constant", "all but one", "rounded"])
+def test_rows_of_equal_entries_cost_triton_no_more(kind, monkeypatch):
+    """A few groups are read again, and candidates cut once or twice, as in a row of any numbers."""
+    vocab = 140003  # what is read again is several blocks
+    z = {
+        "constant": torch.zeros(1, vocab),
+        "all but one": torch.where(torch.arange(vocab) == 7000, 5.0, 0.0)[None],
+        "rounded": torch.randn(1, vocab).mul(3).round().clamp(max=6),
+    }[kind].double()
+    module, calls = runtime.kernels().topk, {"cut": 0, "load_groups": 0}
+
+    def counted(name, function):
+        def call(*arguments):
+            calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    check(topk_job(side(z, torch.bfloat16), vocab, 40), "triton")
+    group = triton_topk.group_of(triton_topk.walk_launch(vocab, 1, 0, wide=False))
+    block = triton_topk.largest_launch(vocab, 40, group, wide=False).constants["BLOCK"]
+    assert calls["cut"] <= 2
+    assert calls["load_groups"] <= 2 * -(
+        -50 * group // block
+    )  # to find the largest, and to sum up the others
+
+
 def test_scratch_of_triton_is_bounded(monkeypatch):
     """Rows beyond it wait for the next launch; the results are the same bits."""
     job = topk_job(side(logits(9), torch.float32), VOCAB, 5, (1.0, 0.5), targets=2, draws=3)

@@ -369,7 +369,8 @@ def registers_of(kernel: str, label: str) -> int:
     if kernel == "half_step":
         return triton_transport.HALF_STEP_REGISTERS
     if kernel == "topk":
-        return triton_topk.registers(label.split()[0], "float64" in label)
+        name, k, dtype, *_ = label.split()
+        return triton_topk.registers(name, int(k), dtype == "float64")
     everything = label.endswith("everything")
     return triton_runtime.row_registers(kernel, everything, everything)
 

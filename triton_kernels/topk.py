@@ -98,6 +98,14 @@ def bound(key, k, most):
 
 
 @triton.jit
+def first_of_tied(key, least, most):
+    """Which of ``key`` reach ``least``; of those equal to it the first ones, ``most`` in all."""
+    above, tied = key > least, key == least
+    room = most - tl.sum(above.to(tl.int32), 0)
+    return above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
+
+
+@triton.jit
 def cut(buffer, count, start, k, scale, cap, CAPPED: tl.constexpr, CAPACITY: tl.constexpr, F: tl.constexpr):
     """Leaves of ``count`` candidates the k largest, in their order; returns the k-th largest value."""
     slots = tl.arange(0, CAPACITY)
@@ -106,10 +114,7 @@ def cut(buffer, count, start, k, scale, cap, CAPPED: tl.constexpr, CAPACITY: tl.
     z = load_at(start, candidate, slots < count, scale, cap, CAPPED, F)
     key = ordered(z)
     key = tl.where(slots < count, key, smallest(key.dtype))
-    least = bound(key, k, k)
-    above = (key > least).to(tl.int32)
-    tied = (key == least).to(tl.int32)
-    kept = above + tl.where(tl.cumsum(tied, 0) <= k - tl.sum(above, 0), tied, 0)
+    kept = first_of_tied(key, bound(key, k, k), k).to(tl.int32)
     tl.debug_barrier()
     tl.store(buffer + tl.cumsum(kept, 0) - 1, candidate, mask=kept == 1)
     tl.debug_barrier()
@@ -422,7 +427,8 @@ def largest(
     top = tl.where(top == top, top, -float("inf"))  # where a maximum hands NaN on
     key = ordered(top)
     key = tl.where(g < groups, key, smallest(key.dtype))
-    taken = (g < groups) & (key >= bound(key, k, k + k // 4))
+    most = k + k // 4
+    taken = (g < groups) & first_of_tied(key, bound(key, k, most), most)
     count_chosen = tl.sum(taken.to(tl.int32), 0)
     tl.store(row_chosen + tl.cumsum(taken.to(tl.int32), 0) - 1, g, mask=taken)
     tl.debug_barrier()
@@ -430,15 +436,17 @@ def largest(
     slots = tl.arange(0, BLOCK)
     threshold = tl.maximum(tl.min(tl.where(taken, top, float("inf")), 0), lowest(F))
     threshold = tl.where(count_chosen < k, lowest(F), threshold)
-    count = tl.zeros([], tl.int32)
+    count, cuts = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for first in range(0, count_chosen, BLOCK // GROUP):
         if count + BLOCK > CAPACITY:
             threshold = cut(buffer, count, start, k, scale, cap, CAPPED, CAPACITY, F)
             count = tl.zeros([], tl.int32) + k
+            cuts += 1
         columns, z = load_groups(
             first, slots, row_chosen, count_chosen, start, vocab, scale, cap, CAPPED, GROUP, F
         )
-        fresh = (z >= threshold).to(tl.int32)
+        # What equals the k-th largest does not come before the k that a cut has left.
+        fresh = ((z > threshold) | ((z == threshold) & (cuts == 0))).to(tl.int32)
         tl.store(buffer + count + tl.cumsum(fresh, 0) - 1, columns, mask=fresh == 1)
         count += tl.sum(fresh, 0)
     if count > MANY:
