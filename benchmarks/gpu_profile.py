@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 import kd_kernels as kd
 
 LARGE, SMALL = (8192, 128256, 2048, 4096), (64, 1024, 64, 64)  # tokens, vocabulary, both widths
-LOGITS = (4096, 128256)
+LOGITS, SINKD = (4096, 128256), (256, 151936)
+TOPK_K = 64
 MOST = 8  # kernels listed of a call
 
 
@@ -63,6 +64,7 @@ def check() -> dict[str, object]:
         found[f"kernels of a head step, {objective.name}"] = kernels(
             lambda o=objective: head_step(student, teacher, o)
         )
+    found["kernels of linear_topk"] = kernels(lambda: kd.linear_topk(teacher, TOPK_K))
     del student, teacher
     for dtype in (torch.bfloat16, torch.float32):
         s, t = (3 * torch.randn(*LOGITS, device="cuda", dtype=dtype) for _ in range(2))
@@ -72,6 +74,11 @@ def check() -> dict[str, object]:
                 lambda o=objective, s=s, t=t: torch.autograd.grad(kd.distill(s, t, o), s)
             )
         del s, t
+    s, t = (3 * torch.randn(*SINKD, device="cuda") for _ in range(2))
+    s.requires_grad_()
+    found["kernels of a SinKD step"] = kernels(
+        lambda: torch.autograd.grad(kd.distill(s, t, kd.SinkhornBatch()), s)
+    )
     student, teacher = heads(*SMALL)
     s, t = (torch.randn(*SMALL[:2], device="cuda") for _ in range(2))
     s.requires_grad_()
