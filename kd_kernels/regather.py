@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.ops.backward import in_place, keep, kept
+from kd_kernels.ops.backward import for_all_inputs, save, saved
 from kd_kernels.ops.logprobs import linear_logprobs, linear_logprobs_backward
 from kd_kernels.ops.pairwise_l1 import pairwise_l1, pairwise_l1_backward
 from kd_kernels.ops.row_divergence import row_divergence, row_divergence_backward
@@ -142,7 +142,7 @@ class _Regathering(torch.autograd.Function):
         ctx.mark_non_differentiable(*constants)
         # [values, weight, bias] of each model come first
         again = [x for i, gather in enumerate(gathers) if gather for x in (3 * i + 1, 3 * i + 2)]
-        keep(ctx, [None if i in again else x for i, x in enumerate(arguments)], *made)
+        save(ctx, [None if i in again else x for i, x in enumerate(arguments)], *made)
         ctx.run_backward, ctx.gathers, ctx.wanted = backward, gathers, ctx.needs_input_grad[3:]
         return (*results, *constants)
 
@@ -150,9 +150,9 @@ class _Regathering(torch.autograd.Function):
     def backward(ctx, *upstream: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         if all(x is None for x in upstream):
             return (None,) * (3 + len(ctx.wanted))
-        made, arguments = kept(ctx)
+        made, arguments = saved(ctx)
         for i, gather in enumerate(ctx.gathers):
             if gather is not None:
                 arguments[3 * i + 1 : 3 * i + 3] = gather()
         gradients = ctx.run_backward(upstream, made, arguments)
-        return None, None, None, *in_place(gradients, ctx.wanted, len(arguments))
+        return None, None, None, *for_all_inputs(gradients, ctx.wanted, len(arguments))

@@ -25,7 +25,7 @@ from kd_kernels.triton_runtime import why_not as why_not_triton
 _TARGETS_AT_A_TIME = 2  # each costs a counter a lane
 _MOST_ENTRIES = 1024  # beyond it the buffer of candidates no longer fits in one program's registers
 _GROUPS = 2048  # of a row, up to a vocabulary of two million: one program looks at all of them at once
-_SCRATCH, _ROWS = 64 << 20, 128  # bytes beside the logits, and multiples of rows that they hold
+_SCRATCH = 64 << 20  # bytes beside the logits
 _DRAW_WARPS = 1  # its steps wait for one another: many programs rather than many threads
 
 
@@ -99,16 +99,17 @@ def draw_launch(group: int) -> Launch:
 
 def topk(job: TopkJob) -> None:
     """:func:`kd_kernels.reference.topk` in Triton, one program a row; row-major only, ``k`` that
-    :func:`why_not` does not object to. Takes at most 64 MiB of scratch memory at a time."""
+    :func:`why_not` does not object to. Takes at most 64 MiB of scratch memory at a time, a row's at least."""
     wide = job.side.logits.dtype == torch.float64
     temperatures, k, draws = job.temperatures.numel(), job.ids.shape[1], job.uniforms.shape[1]
     walk = walk_launch(job.vocab, temperatures, job.targets.shape[1], wide)
     group = group_of(walk)
     groups = -(-job.vocab // group)
     largest = largest_launch(job.vocab, k, group, wide) if k > 0 else None
-    row_bytes = groups * ((1 + 2 * temperatures) * (8 if wide else 4) + 4 * (k > 0) + 8 * (draws > 0))
-    row_bytes += 4 * largest.constants["CAPACITY"] if largest else 0
-    at_once = max(_SCRATCH // row_bytes // _ROWS * _ROWS, _ROWS)
+    row_bytes = groups * ((1 + 2 * temperatures) * (8 if wide else 4) + 8 * (draws > 0))
+    row_bytes += 4 * (groups + largest.constants["CAPACITY"]) if largest else 0
+    at_once = _SCRATCH // row_bytes
+    at_once = max(at_once - at_once % 4, 1)  # rows of 4 bytes each begin at multiples of 16
     assert job.side.offsets is not None
     for start in range(0, job.n, at_once):
         part = slice(start, min(job.n, start + at_once))

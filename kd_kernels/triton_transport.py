@@ -28,8 +28,8 @@ from kd_kernels.triton_runtime import (
 )
 
 _SINKHORN_MOST_COLUMNS = 4096  # a tile holds whole rows
-# Fewer problems, of more pairs each: one program a problem leaves most of a GPU idle, and takes twice as long
-# as torch's operations on all of it (benchmarks/NOTES.md).
+# Fewer problems, of more pairs each: one program a problem leaves most of a GPU idle, and took twice as long
+# as torch's operations on all of it for 8 of 1024 x 1024 (benchmarks/NOTES.md). Guessed from that.
 _SINKHORN_FEW, _SINKHORN_LARGE = 16, 1 << 18
 SINKHORN_REGISTERS = MOST_REGISTERS  # a problem has a multiprocessor for itself
 
@@ -54,15 +54,16 @@ def _on_device(epsilons: Tensor, device: torch.device) -> Tensor:
 
 def sinkhorn(job: P.SinkhornJob, phases: int) -> None:
     """:func:`kd_kernels.reference.sinkhorn` in Triton, one program a problem, whose iterations are always on
-    logarithms. Problems of more than 4096 columns stay with the plain version, and so do the iterations of a
-    few large ones, and their gradient; not the implicit one, whose end a program sees without the host."""
+    logarithms. Problems of more than 4096 columns stay with the plain version, and so does a given number of
+    iterations of a few large ones, and the gradient through it; not iterations to a tolerance nor the
+    implicit gradient, whose end a program sees without the host."""
     (count, n), m = job.a.shape, job.b.shape[1]
     if count == 0 or n == 0:
         return
     if m > _SINKHORN_MOST_COLUMNS:
         reference_sinkhorn(job, phases)
         return
-    if count < _SINKHORN_FEW and n * m > _SINKHORN_LARGE:
+    if job.tolerance == 0 and count < _SINKHORN_FEW and n * m > _SINKHORN_LARGE:
         reference_sinkhorn(job, phases & ~P.IMPLICIT)
         phases &= P.IMPLICIT
         if not phases:

@@ -21,7 +21,7 @@ SLACK = 8
 OTHERS_SPILLS = 64
 INNER_LOOPS = ("pairwise_l1 pair_sums", "pairwise_l1 pair_gradient")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Entries of the table: dtypes x sizes x (a training step, everything at once); of two kernels for several K.
+# Entries of the table: dtypes x sizes x (a training step, everything at once), where K counts for several K.
 ENTRIES = {
     **dict.fromkeys(CATALOGUE, 16),
     "gather": 40,

@@ -340,6 +340,10 @@ def test_triton_leaves_the_iterations_of_a_few_large_problems_to_torch(gradient,
             agree(ours, theirs, GRADIENT_BAR[torch.float64])
         else:
             assert torch.equal(ours, theirs)
+    asked.clear()
+    kd.sinkhorn(*problems.leaves(), epsilon=0.1, iterations=9, tolerance=0.1, backend="triton")
+    assert asked, "torch's operations would not stop at a tolerance"
+    asked.clear()
     monkeypatch.setattr(triton_transport, "_SINKHORN_LARGE", 63)  # pairs of a problem
     kd.sinkhorn(*problems.leaves(), epsilon=0.1, iterations=2, backend="triton")
     assert asked

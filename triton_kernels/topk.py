@@ -2,12 +2,13 @@
 
 ``csrc/topk.h`` states the contract. One program takes one row, in up to three launches:
 
-* ``walk`` reads the row once. Of each group of neighbouring entries it leaves in scratch memory the largest
-  logit and the sum of exponentials relative to it; the row's sums are made of these.
+* ``walk`` reads the row once (and again for more than two targets). Of each group of neighbouring entries it
+  leaves in scratch memory the largest logit and the sum of exponentials relative to it; the row's sums are
+  made of these.
 * ``largest``: a bound that the maxima of k groups reach is reached by k entries, so none of the k largest is
-  below it, nor in a group whose maximum is. The other groups, little more than k, are read again, and what
-  reaches the bound, little more than k entries, is put in order. The tail is summed from the groups left out,
-  whose sums are known, and from what is not kept of the others.
+  below it, nor in a group whose maximum is. The other groups, at most a quarter more than k, are read again,
+  and what reaches the bound, little more than k entries, is put in order. The tail is summed from the groups
+  left out, whose sums are known, and from what is not kept of the others.
 * ``draw`` inverts the cumulated probability in two steps: a bisection of the groups' prefix sums finds a
   draw's group, which is read once more.
 
@@ -211,10 +212,10 @@ def store_statistics(
         log_whole = tl.log(whole)
         tl.store(out + 3 * i + 1, largest * inverse_wide + log_whole)
         tl.store(out + 3 * i + 2, log_whole - mean / whole)
-        tl.store(
-            out + 3 * i + 3, tl.where(whole == whole, 0.0, whole)
-        )  # of no entries kept: all the probability
-        tl.store(out, tl.where(whole == whole, largest, whole))
+        # Of no entries kept: all of the probability.
+        tl.store(out + 3 * i + 3, tl.where(whole == whole, 0.0, whole))
+        if i == 0:
+            tl.store(out, tl.where(whole == whole, largest, whole))
 
 
 @triton.jit(do_not_specialize=["temperatures_count", "targets_count"])

@@ -32,7 +32,7 @@ class Model:
     needs: tuple[bool, bool, bool]  # gradient of values, weight, bias
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         return self.values.shape[:-1].numel()
 
     @property

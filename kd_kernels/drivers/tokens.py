@@ -14,7 +14,8 @@ _FEW = 16
 
 @dataclass(frozen=True)
 class Tokens:
-    """The n of N tokens that are walked. Those that do not count are dropped, or walked and silenced."""
+    """The n of N tokens that are walked. Those that do not count are dropped, or walked and silenced: one of
+    ``rows`` and ``kept`` is None at least."""
 
     count: int  # N
     rows: Index = None  # [n] int64: the tokens walked, in this order; None: all N
@@ -42,7 +43,7 @@ class Tokens:
         return slice(start, stop) if self.rows is None else self.rows[start:stop]
 
     def silenced(self, x: Tensor, silence: float = 0.0) -> Tensor:
-        """``[N, ...]``, ``silence`` at silenced tokens."""
+        """``[N, ...]`` floating, ``silence`` at silenced tokens."""
         if self.kept is None:
             return x
         return torch.where(self.kept.view(-1, *(1,) * (x.dim() - 1)), x, silence)
@@ -64,7 +65,7 @@ class Tokens:
         return found.new_zeros(self.count, *found.shape[1:]).index_copy_(0, self.rows, found)
 
     def spread(self, found: Tensor) -> Tensor:
-        """``[n, ...]`` to ``[N, ...]``, zeros at all tokens that do not count."""
+        """``[n, ...]`` to ``[N, ...]``, zeros at all that do not count; floating if any is silenced."""
         return self.put_back(self.silenced(found))
 
 

@@ -36,7 +36,7 @@ class TopkProblem:
 def walk_topk(problem: TopkProblem) -> R.TopkJob:
     """What a :class:`kd_kernels.rows.TopkJob` results in, over all N tokens; draws in ascending order."""
     model, device = problem.model, problem.model.values.device
-    vocab, n = model.vocab_size, model.tokens
+    vocab, n = model.vocab_size, model.token_count
     _, kernel = pick("topk", device, problem.backend, k=problem.k)
     side = side_of(model, vocab, Tokens(n), problem.compute_dtype, problem.logits_dtype)
     chunk, size = cut([side], n, vocab, device, problem.workspace_bytes)

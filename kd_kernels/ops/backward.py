@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 
-def keep(ctx, inputs: Sequence[Any], *made: Tensor) -> None:
+def save(ctx, inputs: Sequence[Any], *made: Tensor) -> None:
     """Save an op's inputs, and what its backward takes of its outputs, to compute again from them."""
     ctx.set_materialize_grads(False)
     ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
     ctx.save_for_backward(*made, *(x for x in inputs if isinstance(x, Tensor)))
 
 
-def kept(ctx) -> tuple[Sequence[Tensor], list[Any]]:
-    """(outputs, inputs) that :func:`keep` saved."""
-    saved = ctx.saved_tensors  # once: activation checkpointing makes them once
-    made = len(saved) - ctx.rest.count(None)
-    tensors = iter(saved[made:])
-    return saved[:made], [next(tensors) if x is None else x[0] for x in ctx.rest]
+def saved(ctx) -> tuple[Sequence[Tensor], list[Any]]:
+    """(outputs, inputs) that :func:`save` kept."""
+    tensors = ctx.saved_tensors  # once: activation checkpointing makes them once
+    made = len(tensors) - ctx.rest.count(None)
+    remaining = iter(tensors[made:])
+    return tensors[:made], [next(remaining) if x is None else x[0] for x in ctx.rest]
 
 
-def in_place(gradients: Iterable[Tensor], needs: Sequence[bool], inputs: int) -> tuple[Optional[Tensor], ...]:
+def for_all_inputs(
+    gradients: Iterable[Tensor], needs: Sequence[bool], inputs: int
+) -> tuple[Optional[Tensor], ...]:
     """As autograd takes them, one for each of all ``inputs``: ``gradients`` are those alone that ``needs``,
     which speaks of the first inputs, asks for."""
     remaining = iter(gradients)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from kd_kernels.ops.backward import in_place
+from kd_kernels.ops.backward import for_all_inputs
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
@@ -34,7 +34,7 @@ def differentiated(
             return (None,) * count
         scale = torch.ops.kd_kernels.found_gradient
         made = (scale(upstream, g, dtype, function) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return in_place(made, ctx.needs, count)
+        return for_all_inputs(made, ctx.needs, count)
 
     schema = f"({call}) -> ({', '.join(['Tensor'] * results)})"
     made = torch.library.custom_op(f"kd_kernels::{op}", forward, mutates_args=(), schema=schema)

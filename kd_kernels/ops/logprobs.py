@@ -6,7 +6,7 @@ from kd_kernels.drivers.logprobs import LogprobProblem, walk_logprobs
 from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.tokens import Tokens
-from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
+from kd_kernels.ops.backward import for_all_inputs, refuse_double_backward, save, saved, shapes_of
 from kd_kernels.ops.checks import check_range, check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -100,20 +100,20 @@ def _(upstream, upstream_entropy, *args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    keep(ctx, inputs)
+    save(ctx, inputs)
 
 
 def _backward(ctx, upstream, upstream_entropy):
     if upstream is None and upstream_entropy is None:
         return (None,) * len(_ARGUMENTS)
-    _, inputs = kept(ctx)
+    _, inputs = saved(ctx)
     call = dict(zip(_ARGUMENTS, inputs))
     if upstream is None:
         upstream = upstream_entropy.new_zeros(call["ids"].shape)
     if not call["entropy"]:
         upstream_entropy = None
     gradients = torch.ops.kd_kernels.linear_logprobs_backward(upstream, upstream_entropy, *inputs)
-    return in_place(gradients, call["needs"], len(inputs))
+    return for_all_inputs(gradients, call["needs"], len(inputs))
 
 
 linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ from torch import Tensor
 from kd_kernels.drivers.pairwise_l1 import Distances, PairwiseProblem, carry_back, measure
 from kd_kernels.drivers.sides import Model
 from kd_kernels.drivers.tokens import Tokens
-from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
+from kd_kernels.ops.backward import for_all_inputs, refuse_double_backward, save, saved, shapes_of
 from kd_kernels.ops.checks import check_temperatures_of, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -115,15 +115,15 @@ def _(d_cost, cost, signs, statistics, *args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    keep(ctx, inputs, *output)
+    save(ctx, inputs, *output)
 
 
 def _backward(ctx, d_cost, d_signs, d_statistics):
     if d_cost is None:
         return (None,) * len(_ARGUMENTS)
-    made, inputs = kept(ctx)
+    made, inputs = saved(ctx)
     gradients = torch.ops.kd_kernels.pairwise_l1_backward(d_cost, *made, *inputs)
-    return in_place(gradients, inputs[-1], len(inputs))
+    return for_all_inputs(gradients, inputs[-1], len(inputs))
 
 
 pairwise_l1_op.register_autograd(_backward, setup_context=_setup_context)

@@ -23,7 +23,7 @@ from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gra
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.objectives import CATALOGUE, SortedWasserstein
-from kd_kernels.ops.backward import in_place, keep, kept, refuse_double_backward, shapes_of
+from kd_kernels.ops.backward import for_all_inputs, refuse_double_backward, save, saved, shapes_of
 from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temperatures, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -126,7 +126,7 @@ def _unpack(call: dict) -> Problem:
         hard_weight=hard,
         # the kernels take an address: int64, one after the other, whatever the caller had
         labels=None if labels is None else labels.to(torch.int64).contiguous(),
-        tokens=Tokens.that_count(call["valid"], models[0].tokens, call["compact"]),
+        tokens=Tokens.that_count(call["valid"], models[0].token_count, call["compact"]),
         entropies=call["parts"],
         compute_dtype=call["compute_dtype"],
         logits_dtype=call["logits_dtype"],
@@ -270,13 +270,13 @@ def _(upstream, statistics, *args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
     call = dict(zip(ARGUMENTS, inputs))
     ctx.needs, ctx.deferred = call["needs"], call["deferred"]
     _, _, statistics, factor, *gradients = output
     if ctx.deferred:
-        keep(ctx, inputs, statistics)
+        save(ctx, inputs, statistics)
     else:
+        ctx.set_materialize_grads(False)
         wanted = [i for i, want in enumerate(ctx.needs) if want]
         ctx.dtypes = [inputs[i].dtype for i in wanted]
         ctx.save_for_backward(factor, *(gradients[i] for i in wanted))
@@ -286,13 +286,13 @@ def _backward(ctx, upstream, *others):
     if upstream is None:  # the other outputs carry no gradient; distill hands them out detached
         return (None,) * len(ARGUMENTS)
     if ctx.deferred:
-        (statistics,), inputs = kept(ctx)
+        (statistics,), inputs = saved(ctx)
         gradients = torch.ops.kd_kernels.row_divergence_backward(upstream, statistics, *inputs)
     else:
         factor, *unscaled = ctx.saved_tensors
         scale = torch.ops.kd_kernels.scale_gradient
         gradients = [scale(g, upstream, factor, dtype) for g, dtype in zip(unscaled, ctx.dtypes)]
-    return in_place(gradients, ctx.needs, len(ARGUMENTS))
+    return for_all_inputs(gradients, ctx.needs, len(ARGUMENTS))
 
 
 row_divergence_op.register_autograd(_backward, setup_context=_setup_context)

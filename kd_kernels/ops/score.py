@@ -61,7 +61,7 @@ def score(
     call = Scoring(
         models,
         labels=None if labels is None else labels.to(torch.int64).contiguous(),
-        tokens=Tokens.that_count(valid, models[0].tokens, compact=True),
+        tokens=Tokens.that_count(valid, models[0].token_count, compact=True),
         temperature=temperature,
         compute_dtype=compute_dtype,
         logits_dtype=logits_dtype,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kd_kernels import problems as P
 from kd_kernels.drivers.sinkhorn import Call, Cotangents, Potentials, adjoint, solve
-from kd_kernels.ops.backward import keep, kept, refuse_double_backward
+from kd_kernels.ops.backward import refuse_double_backward, save, saved
 from kd_kernels.ops.checks import checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -179,11 +179,11 @@ def _(d_transport, d_value, d_plan, phi, psi, phi_history, psi_history, cost_gra
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    keep(ctx, inputs, *(output[i] for i in (_PHI, _PSI, _PHI_HISTORY, _PSI_HISTORY)))
+    save(ctx, inputs, *(output[i] for i in (_PHI, _PSI, _PHI_HISTORY, _PSI_HISTORY)))
 
 
 def _backward(ctx, *arriving):
-    found, inputs = kept(ctx)
+    found, inputs = saved(ctx)
     none = (None,) * len(_ARGUMENTS)
     arriving = [arriving[i] for i in (_TRANSPORT, _VALUE, _PLAN)]
     if all(x is None for x in arriving):
