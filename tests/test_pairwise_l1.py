@@ -91,7 +91,7 @@ def test_what_the_triton_kernel_takes_counts_as_workspace(dtype, gradients):
             Model(*[*x.tensors(), None, None][:3], 1.0, 0.0, one, (True, x is student, False))
             for x in (student, teacher)
         ]
-        tokens = Tokens(models[0].tokens, MEMBERS[MEMBERS >= 0])
+        tokens = Tokens(models[0].token_count, MEMBERS[MEMBERS >= 0])
         problem = PairwiseProblem(*models, MEMBERS, tokens, None, None, "triton", budget)
         return _Walk(problem, gradients)
 
