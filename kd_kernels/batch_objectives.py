@@ -136,7 +136,7 @@ class _Reader:
             torch.zeros(self.lead.numel(), dtype=torch.int64, device=source.tensors()[0].device)
         )
         temperature = temperature.reshape(self.lead) if temperature.dim() else temperature
-        options = dict(self.resources, temperature=temperature, entropy=True)
+        options = {**self.resources, "temperature": temperature, "entropy": True}
         with torch.no_grad():  # as a decorator it would end a compiled graph
             return linear_logprobs(source, any_id, **options)[1].reshape(-1)
 
