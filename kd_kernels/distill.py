@@ -131,7 +131,8 @@ def distill(
         BackendUnavailable: the named backend cannot serve the call.
 
     Inference-mode tensors are taken; they carry no version counter, so do not change one before the
-    backward pass. Double backward is not implemented and raises. ``torch.func`` transforms are refused.
+    backward pass. Double backward is not implemented and raises; ``kd_kernels.reference.dense_distill`` has
+    it, with all logits in memory. ``torch.func`` transforms are refused.
     """
     student, teacher = as_source("student", student), as_teacher(teacher)
     refuse_transforms("kd_kernels.distill", *student.tensors(), *teacher.tensors())

@@ -8,6 +8,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+DENSE = (
+    "; kd_kernels.reference.dense_distill, the same with all logits in memory, can be differentiated twice"
+)
+
 
 def save(ctx, inputs: Sequence[Any], *made: Tensor) -> None:
     """Save an op's inputs, and what its backward takes of its outputs, to compute again from them."""
@@ -40,11 +44,18 @@ def shapes_of(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted]
 
 
-def refuse_double_backward(op: Any, function: str, called: str = "double backward") -> None:
-    """Of a backward op, which a caller knows as ``function``: ``once_differentiable``, or marking outputs
-    non-differentiable, would let a gradient penalty go silently wrong."""
+def no_double_backward(function: str, instead: str = "") -> RuntimeError:
+    """What a caller is told, who knows the op as ``function``."""
+    return RuntimeError(
+        f"kd_kernels.{function}: double backward (a gradient of the gradient) is not implemented{instead}"
+    )
+
+
+def refuse_double_backward(op: Any, function: str, instead: str = "") -> None:
+    """Of a backward op: ``once_differentiable``, or marking outputs non-differentiable, would let a gradient
+    penalty go silently wrong."""
 
     def refuse(ctx, *gradients):
-        raise RuntimeError(f"kd_kernels.{function}: {called} is not implemented")
+        raise no_double_backward(function, instead)
 
     op.register_autograd(refuse)

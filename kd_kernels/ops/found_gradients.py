@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from kd_kernels.ops.backward import for_all_inputs
+from kd_kernels.ops.backward import for_all_inputs, no_double_backward
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
@@ -63,7 +63,7 @@ def _keep_name(ctx, inputs, output) -> None:
 
 
 def _double_backward(ctx, *gradients):
-    raise RuntimeError(f"kd_kernels.{ctx.function}: double backward is not implemented")
+    raise no_double_backward(ctx.function)
 
 
 found_gradient.register_autograd(_double_backward, setup_context=_keep_name)

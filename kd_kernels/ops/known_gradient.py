@@ -7,6 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from kd_kernels.ops.backward import DENSE, no_double_backward
+
 
 def known_gradient(variable: Tensor, gradient: Tensor) -> Tensor:
     """Zeros like ``variable``, with ``gradient`` for it; a gradient of that gradient raises."""
@@ -34,6 +36,4 @@ class _OnceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
-        raise RuntimeError(
-            "kd_kernels.distill: double backward (a gradient of the gradient) is not implemented"
-        )
+        raise no_double_backward("distill", DENSE)

@@ -23,7 +23,7 @@ from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gra
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.objectives import CATALOGUE, SortedWasserstein
-from kd_kernels.ops.backward import for_all_inputs, refuse_double_backward, save, saved, shapes_of
+from kd_kernels.ops.backward import DENSE, for_all_inputs, refuse_double_backward, save, saved, shapes_of
 from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temperatures, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
@@ -297,6 +297,6 @@ def _backward(ctx, upstream, *others):
 
 row_divergence_op.register_autograd(_backward, setup_context=_setup_context)
 for backward in (scale_gradient, row_divergence_backward):
-    refuse_double_backward(backward, "distill", "double backward (a gradient of the gradient)")
+    refuse_double_backward(backward, "distill", DENSE)
 
 row_divergence = direct(row_divergence_op, _forward, _backward, _setup_context)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.objectives import Objective, SortedWasserstein, Weight
-from kd_kernels.sources import Head, Source, SparseTarget, Teacher
+from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
 
 
 def _xlogy(x: Tensor, log_y: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def logits_of(source: Source) -> Tensor:
 
 
 def dense_distill(
-    student: Source,
-    teacher: Teacher,
+    student: Source | Tensor,
+    teacher: Teacher | Tensor,
     objective: Objective,
     *,
     labels: Optional[Tensor] = None,
@@ -166,8 +166,11 @@ def dense_distill(
 ) -> Tensor:
     """:func:`kd_kernels.distill`, with all logits materialised and gradients from autograd.
 
-    Same arguments, shapes and result as the public call (see there); used to check it.
+    Arguments, shapes and result as of the public call (see there), but that a teacher which requires a
+    gradient gets one; used to check it, and where a gradient is to be differentiated again. Not for
+    :class:`kd_kernels.SinkhornBatch`.
     """
+    student, teacher = as_source("student", student), as_teacher(teacher)
     sparse = isinstance(teacher, SparseTarget)
     z_s, z_t = logits_of(student), teacher.logprobs if sparse else logits_of(teacher)
     if vocab == "truncate" and not sparse:
