@@ -26,8 +26,8 @@ from harness import Timed, run_rounds
 from providers import Unavailable, need
 from record import Row, rounded
 from registry import Bench
-from report import failure, median, seconds, spread
-from workloads import CACHE, CACHE_OVER_YARDSTICK, CACHE_QUICK, CacheSize
+from report import failure, judged, median, seconds, spread
+from workloads import CACHE, CACHE_OVER_YARDSTICK, CacheSize
 
 YARDSTICK = {"read": "raw read", "loader": "step"}
 BATCH = 2
@@ -214,11 +214,11 @@ def run_case(size: CacheSize, *, rounds: int, threads: int, reject: bool, device
     return rows
 
 
-def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
+def run(results: Optional[Path], *, sizes: str, dtypes: Sequence[str], **timing: Any) -> list[Row]:
     """In the dtypes that caches have, whatever ``dtypes``."""
-    sizes = CACHE_QUICK if quick else CACHE
     cases = [
-        (f"{size.what} K = {size.k}, {size.samples} draws, {size.dtype}", run_case, (size,)) for size in sizes
+        (f"{size.what} K = {size.k}, {size.samples} draws, {size.dtype}", run_case, (size,))
+        for size in CACHE[sizes]
     ]
     return run_cases("cache", results, cases, **timing)
 
@@ -238,8 +238,8 @@ def cache_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         size = CacheSize(**{name: x for name, x in row["case"].items() if name != "threads"})
         over, limit = median(row, "ratio_floor"), CACHE_OVER_YARDSTICK[size.what]
         note = failure(row)
-        if row["provider"] == "kd" and over is not None and size in CACHE:
-            note = f"{'pass' if over <= limit else 'FAIL'} <= {limit:g}"
+        if row["provider"] == "kd" and over is not None and size in CACHE["full"]:
+            note = judged(over <= limit, f"<= {limit:g}")
         width = f", step of 2 x {size.length}, D = {size.width}" if size.width else ""
         kept = [f"K = {size.k}, {size.dtype}"] if size.k else []
         kept += [f"{size.samples} draws"] if size.samples else []

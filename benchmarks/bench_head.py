@@ -11,7 +11,7 @@ import memory
 import torch
 from formulas import exact
 from harness import Spread, Timed, run_rounds
-from providers import PROVIDERS, Floor, Provider, Unavailable, backend, by_name, forget_compiled
+from providers import Floor, Provider, Unavailable, backend, by_name, forget_compiled, selected
 from record import Row, Writer, git_state, rounded
 from workloads import (
     DTYPES,
@@ -143,7 +143,7 @@ def run_case(
                 row["gflops"] = rounded(shape.gemm_flops / row["seconds"]["median"] / 1e9)
             elif with_memory and row["status"] == "ok":
                 row["peak"] = (
-                    memory.on_device(by_name(provider_name), objective, inputs, shape, dtype)
+                    memory.on_device(by_name(provider_name), objective, inputs, shape, dtype, device)
                     if device.startswith("cuda")
                     else memory.in_subprocess(provider_name, objective, shape, dtype, threads)
                 )
@@ -167,14 +167,6 @@ def fill_in_memory(results: Path, only: Optional[Sequence[str]] = None) -> list[
         peak = memory.in_subprocess(name, objective, shape, case["dtype"], case["threads"])
         writer.keep({**row, "peak": {**peak, "commit": git_state()["commit"]}})
     return writer.rows
-
-
-def selected(dtype: str, names: Optional[Sequence[str]], compiling: bool) -> list[Provider]:
-    return [
-        p
-        for p in PROVIDERS
-        if dtype in p.dtypes and (names is None or p.name in names) and (compiling or not p.compiles)
-    ]
 
 
 def run(
@@ -202,7 +194,7 @@ def run(
                 objective,
                 shape,
                 dtype,
-                selected(dtype, provider_names, compiling),
+                selected(dtype, device, provider_names, compiling),
                 rounds=rounds,
                 threads=threads,
                 with_memory=memory_for is None or objective.name in memory_for,

@@ -17,9 +17,9 @@ from contest import Step, contest, errors, graded, run_cases
 from providers import need
 from record import Row
 from registry import Bench
-from report import OURS, cases, failure, median, ratio, seconds, spread, worst_error
+from report import OURS, cases, failure, judged, median, ratio, seconds, spread, worst_error
 from torch import Tensor
-from workloads import RELATIONAL, RELATIONAL_QUICK, RELATIONAL_SPEEDUP, RelationalSize
+from workloads import RELATIONAL, RELATIONAL_SPEEDUP, RelationalSize
 
 PUBLISHED = "published"
 Case = dict[str, Step]
@@ -326,11 +326,10 @@ def run_case(name: str, size: RelationalSize, *, threads: int, device: str, **ti
     )
 
 
-def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
+def run(results: Optional[Path], *, sizes: str, dtypes: Sequence[str], **timing: Any) -> list[Row]:
     """In float32, whatever ``dtypes``."""
-    sizes = RELATIONAL_QUICK if quick else RELATIONAL
-    cases = [(name, run_case, (name, size)) for name, size in sizes.items()]
-    return run_cases("relational", results, cases, compiling=not quick, **timing)
+    cases = [(name, run_case, (name, size)) for name, size in RELATIONAL[sizes].items()]
+    return run_cases("relational", results, cases, compiling=sizes != "quick", **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -347,8 +346,8 @@ def relational_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             note = failure(row)
             size = RelationalSize(row["case"]["rows"], row["case"]["width"])
             wanted = RELATIONAL_SPEEDUP.get(what)
-            if row["provider"] in OURS and over and wanted and size == RELATIONAL[what]:
-                note = f"{'pass' if 1 / over >= wanted else 'FAIL'} published >= {wanted:g}x"
+            if row["provider"] in OURS and over and wanted and size == RELATIONAL["full"][what]:
+                note = judged(1 / over >= wanted, f"published >= {wanted:g}x")
             lines.append(
                 (
                     what, f"{size.rows} x {size.width}", row["provider"], spread(row, "seconds", seconds),

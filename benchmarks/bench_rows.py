@@ -17,12 +17,11 @@ import torch
 from bench_head import case_row, spread_row
 from formulas import exact_sum, user_loss
 from harness import Timed, run_rounds
-from providers import Unavailable, backend, by_name, forget_compiled, need
+from providers import Unavailable, backend, by_name, forget_compiled, need, selected
 from record import Row, Writer, rounded
 from torch import Tensor
-from workloads import DTYPES, Objective, Shape, objectives
+from workloads import DTYPES, ROWS, Objective, Shape, objectives
 
-ROWS = Shape(2048, 32000)
 COPY = "copy"
 
 
@@ -30,10 +29,14 @@ def minimal_bytes(tokens: int, vocab: int, dtype: torch.dtype) -> int:
     return 3 * tokens * vocab * dtype.itemsize
 
 
-def _ours(student: Tensor, teacher: Tensor, objective: Objective) -> None:
+def _ours(student: Tensor, teacher: Tensor, objective: Objective, backend: Optional[str] = None) -> None:
     kd = need("kd_kernels")
     formula = kd.objectives.CATALOGUE[objective.name](**dict(objective.parameters))
-    kd.distill(kd.Logits(student), kd.Logits(teacher), formula).backward()
+    try:
+        loss = kd.distill(kd.Logits(student), kd.Logits(teacher), formula, backend=backend)
+    except kd.BackendUnavailable as error:
+        raise Unavailable("absent", str(error).splitlines()[0]) from None
+    loss.backward()
 
 
 def _plain(student: Tensor, teacher: Tensor, objective: Objective) -> None:
@@ -51,6 +54,7 @@ def _compiled(student: Tensor, teacher: Tensor, objective: Objective) -> None:
 
 STEPS: dict[str, Callable[[Tensor, Tensor, Objective], None]] = {
     "kd": _ours,
+    "kd cuda": functools.partial(_ours, backend="cuda"),
     "torch": _plain,
     "torch.compile": _compiled,
 }
@@ -101,8 +105,8 @@ def run_case(
             right = error <= (1e-3 if dtype == "fp32" else 2e-2)
             status = "ok" if right else "wrong"
             outcome[name] = {"status": status, "reason": "", "error": {"gradient": rounded(error)}}
-            if name == "kd":
-                outcome[name]["backend"] = backend(by_name("kd"), device)
+            if name.startswith("kd"):
+                outcome[name]["backend"] = backend(by_name(name), device)
     student.grad = None
 
     # Half the bytes are read and half written, so a copy moves as many as the kernel must.
@@ -150,9 +154,9 @@ def run(
     device: str = "cpu",
 ) -> list[Row]:
     torch.set_num_threads(threads)
-    names = [name for name in STEPS if compiling or name != "torch.compile"]
     writer = Writer("rows", results, device)
     for dtype in dtypes:
+        names = [p.name for p in selected(dtype, device, list(STEPS), compiling)]
         for objective in objectives(only):
             print(f"  rows {dtype} {objective.label}", file=sys.stderr, flush=True)
             for row in run_case(objective, shape, dtype, names, rounds, threads, reject, device):

@@ -13,7 +13,7 @@ from typing import Optional
 
 import torch
 from bench_head import run_case
-from providers import PROVIDERS
+from providers import selected
 from record import Row, Writer
 from workloads import Shape, objectives
 
@@ -54,11 +54,7 @@ def run(
     writer = Writer("scaling", results)
     for sweep, sizes in (shapes or sweeps()).items():
         for dtype in dtypes:
-            chosen = [
-                p
-                for p in PROVIDERS
-                if dtype in p.dtypes and (p.ours if provider_names is None else p.name in provider_names)
-            ]
+            chosen = [p for p in selected(dtype, "cpu", provider_names) if p.ours or provider_names]
             for objective in objectives(only or ("forward_kl",)):
                 for shape in sizes:
                     print(f"  {sweep} {dtype} {objective.label} {shape.label}", file=sys.stderr, flush=True)

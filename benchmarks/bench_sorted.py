@@ -16,9 +16,9 @@ from contest import Step, contest, errors, graded, run_cases
 from providers import need
 from record import Row, rounded
 from registry import Bench
-from report import cases, failure, median, ratio, seconds, spread, worst_error
+from report import cases, failure, judged, median, ratio, seconds, spread, worst_error
 from torch import Tensor
-from workloads import DTYPES, SORTED, SORTED_OVER_FLOOR, SORTED_QUICK, SORTED_SPEEDUP, SortedSize
+from workloads import DTYPES, SORTED, SORTED_OVER_FLOOR, SORTED_SPEEDUP, SortedSize
 
 YARDSTICK = "two sorts"
 EXACT, TOP = "kd", "kd top-K"
@@ -110,11 +110,10 @@ def run_case(
     return contest(row, steps, check, yardstick=YARDSTICK, floor=floor, device=device, **timing)
 
 
-def run(results: Optional[Path], *, quick: bool, dtypes: Sequence[str], **timing: Any) -> list[Row]:
-    size = SORTED_QUICK if quick else SORTED
+def run(results: Optional[Path], *, sizes: str, dtypes: Sequence[str], **timing: Any) -> list[Row]:
     names = ("sorted", "sorted step")
-    cases = [(f"{name} {x}", run_case, (name, size, x)) for name in names for x in dtypes]
-    return run_cases("sorted", results, cases, compiling=not quick, **timing)
+    cases = [(f"{name} {x}", run_case, (name, SORTED[sizes], x)) for name in names for x in dtypes]
+    return run_cases("sorted", results, cases, compiling=sizes != "quick", **timing)
 
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -141,18 +140,17 @@ def sorted_lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             shape, mine, over = row["case"], median(row), median(row, "ratio_floor")
             note = failure(row)
             size = SortedSize(shape["tokens"], shape["vocab"], shape["teacher_vocab"], shape["k"])
-            if size == SORTED and row["provider"] == "kd" and over is not None:
-                note = f"{'pass' if over <= SORTED_OVER_FLOOR else 'FAIL'} two sorts <= {SORTED_OVER_FLOOR:g}"
+            if size == SORTED["full"] and row["provider"] == "kd" and over is not None:
+                note = judged(over <= SORTED_OVER_FLOOR, f"two sorts <= {SORTED_OVER_FLOOR:g}")
             loss_alone = shape["what"] == "sorted"
             if (
                 loss_alone
-                and size == SORTED
+                and size == SORTED["full"]
                 and row["provider"] == "kd top-K"
                 and mine is not None
                 and plain is not None
             ):
-                ahead = plain / mine
-                note = f"{'pass' if ahead >= SORTED_SPEEDUP else 'FAIL'} torch >= {SORTED_SPEEDUP:g}x"
+                note = judged(plain / mine >= SORTED_SPEEDUP, f"torch >= {SORTED_SPEEDUP:g}x")
             lines.append(
                 (
                     shape["what"], f"{size.tokens} x {size.vocab} + {size.teacher_vocab}, K = {size.k}",

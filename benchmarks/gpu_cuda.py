@@ -1,4 +1,5 @@
-"""The CUDA row kernels on a GPU, for gpu_check.py: parity with Triton's, times of both, compute-sanitizer.
+"""The CUDA row kernels on a GPU, for gpu_check.py: parity with Triton's, and what compute-sanitizer says.
+Their times are those of the provider ``kd cuda``.
 
     python benchmarks/gpu_cuda.py     # the small cases that the sanitizer watches
 
@@ -19,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from harness import Timed, run_rounds  # noqa: E402
 from processes import within  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -36,7 +36,6 @@ OBJECTIVES = (
     kd.WeightedKL(0.7, 0.4),
 )
 VOCABULARIES = (32000, 128256, 151936, 262144)
-ROWS = 4096
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the gradient, relative to its largest entry
 # A block alone; a cluster with rows at odd addresses; one beyond what a cluster holds.
 WATCHED = ((7, 4096, torch.bfloat16), (3, 128257, torch.float32), (2, 500000, torch.float32))
@@ -72,24 +71,6 @@ def differences(rows: int, vocab: int, dtype: torch.dtype) -> list[str]:
             found.append(
                 f"{objective.name} {vocab} {dtype}: loss {loss} {loss_t}, gradient {apart:.1e} apart"
             )
-    return found
-
-
-def times(vocab: int, dtype: torch.dtype) -> dict[str, object]:
-    """Median milliseconds of forward and backward on logits, and of a copy of as many bytes as must move."""
-    student, teacher = pair(ROWS, vocab, dtype)
-    least = torch.empty(3 * student.numel() // 2, device="cuda", dtype=dtype)  # read once and written once
-    target = torch.empty_like(least)
-    timed = [Timed("copy", lambda: target.copy_(least))]
-    for backend in ("cuda", "triton"):
-        for objective in (kd.ForwardKL(), kd.JensenShannon()):
-            call = lambda b=backend, o=objective: step(student, teacher, o, b)  # noqa: E731
-            timed.append(Timed(f"{backend} {objective.name}", call))
-    run_rounds(timed, rounds=20, device="cuda", reject=False)
-    found: dict[str, object] = {}
-    for provider in timed:
-        spread = provider.spread()
-        found[provider.name] = round(1e3 * spread.median, 3) if spread else provider.failure
     return found
 
 
@@ -133,7 +114,6 @@ def check(out: Path, left: Callable[[], float], least: float = 25.0) -> dict[str
             if left() < least:
                 return {**found, "failed": failed, "left out": f"no time from V = {vocab} {dtype} on"}
             failed += differences(256, vocab, dtype)
-            found[f"{vocab} {str(dtype)[6:]} ms"] = times(vocab, dtype)
     if left() < 3 * least:
         return {**found, "failed": failed, "left out": "no time for compute-sanitizer"}
     found["compute-sanitizer"] = watched = sanitized(out, left)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from providers import Provider, Unavailable, by_name
+from providers import Provider, Unavailable, by_name, workspace
 from workloads import DTYPES, Inputs, Objective, Shape, make_inputs
 
 WARMUP_TOKENS = 16
@@ -89,7 +89,7 @@ def measure(provider: str, objective: Objective, shape: Shape, dtype: str, threa
 
 
 def on_device(
-    provider: Provider, objective: Objective, inputs: Inputs, shape: Shape, dtype: str
+    provider: Provider, objective: Objective, inputs: Inputs, shape: Shape, dtype: str, device: str
 ) -> dict[str, Any]:
     """The same on a GPU, by the allocator's own high-water mark, after a step that warmed up."""
     inputs.clear_gradients()
@@ -106,7 +106,8 @@ def on_device(
     finally:
         inputs.clear_gradients()
     peak, gradients = torch.cuda.max_memory_allocated() - before, gradient_bytes(shape, DTYPES[dtype])
-    return {"above_inputs": peak, "gradients": gradients, "above_gradients": peak - gradients}
+    allowed = {"workspace": workspace(provider, device), "device": "cuda"} if provider.ours else {}
+    return {"above_inputs": peak, "gradients": gradients, "above_gradients": peak - gradients, **allowed}
 
 
 def in_subprocess(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Optional
@@ -49,26 +49,20 @@ def need(module: str) -> Any:
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def _ours(inputs: Inputs, objective: Objective, logits_dtype: Optional[torch.dtype]) -> Tensor:
+def ours(inputs: Inputs, objective: Objective, **options: Any) -> Tensor:
+    """The package's defaults, but for ``options``: float32 logits whatever the inputs are."""
     kd = need("kd_kernels")
-    loss = kd.distill(
-        kd.Head(inputs.h_s, inputs.w_s),
-        kd.Head(inputs.h_t, inputs.w_t),
-        kd.objectives.CATALOGUE[objective.name](**dict(objective.parameters)),
-        logits_dtype=logits_dtype,
-    )
+    try:
+        loss = kd.distill(
+            kd.Head(inputs.h_s, inputs.w_s),
+            kd.Head(inputs.h_t, inputs.w_t),
+            kd.objectives.CATALOGUE[objective.name](**dict(objective.parameters)),
+            **options,
+        )
+    except kd.BackendUnavailable as error:
+        raise Unavailable("absent", str(error).splitlines()[0]) from None
     loss.backward()
     return loss
-
-
-def ours(inputs: Inputs, objective: Objective) -> Tensor:
-    """The package's defaults: float32 logits whatever the inputs are."""
-    return _ours(inputs, objective, None)
-
-
-def ours_bf16_logits(inputs: Inputs, objective: Objective) -> Tensor:
-    """Logits rounded to bfloat16, as every peer has them for bfloat16 inputs, except TRL."""
-    return _ours(inputs, objective, torch.bfloat16)
 
 
 # -- plain torch -----------------------------------------------------------------------------------
@@ -140,6 +134,16 @@ def liger_compiled(inputs: Inputs, objective: Objective) -> Tensor:
     return _liger(inputs, objective, compiled=True)
 
 
+def liger_fused(inputs: Inputs, objective: Objective) -> Tensor:
+    """Liger's Triton kernel between chunked products."""
+    loss_class = need("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD
+    loss = loss_class(jsd_beta=_beta(objective, "Liger"))(
+        inputs.h_s, inputs.w_s, inputs.h_t, inputs.w_t, inputs.labels
+    )
+    loss.backward()
+    return loss
+
+
 def trl(inputs: Inputs, objective: Objective) -> Tensor:
     """TRL's chunked divergence: per-token values, so the mean is ours; its torch path on CPU."""
     beta = _beta(objective, "TRL")
@@ -157,27 +161,62 @@ def trl(inputs: Inputs, objective: Objective) -> Tensor:
 class Provider:
     name: str
     step: Step
-    ours: bool = False
+    options: Optional[dict[str, Any]] = None  # of a step of ours
     dtypes: tuple[str, ...] = ("fp32", "bf16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
     compiles: bool = False  # seconds of compilation at first call: left out of --quick
 
+    @property
+    def ours(self) -> bool:
+        return self.options is not None
 
+
+def _ours(name: str, options: dict[str, Any], **only: Any) -> Provider:
+    return Provider(name, functools.partial(ours, **options), options, **only)
+
+
+GPU = ("cuda",)
 PROVIDERS = (
-    Provider("kd", ours, ours=True),
-    Provider("kd bf16 logits", ours_bf16_logits, ours=True, dtypes=("bf16",)),
+    _ours("kd", {}),
+    # Logits rounded to bfloat16, as every peer has them for bfloat16 inputs, except TRL.
+    _ours("kd bf16 logits", {"logits_dtype": torch.bfloat16}, dtypes=("bf16",)),
+    _ours("kd 1 GiB", {"workspace_bytes": 1 << 30}, devices=GPU),
+    _ours("kd cuda", {"backend": "cuda"}, devices=GPU),
     Provider("torch", plain_torch),
     Provider("torch.compile", compiled_torch, compiles=True),
     Provider("liger", liger),
     Provider("liger compiled", liger_compiled, compiles=True),
+    Provider("liger fused", liger_fused, devices=GPU),
     Provider("trl", trl),
 )
 
 
+def selected(
+    dtype: str, device: str, names: Optional[Sequence[str]] = None, compiling: bool = True
+) -> list[Provider]:
+    return [
+        p
+        for p in PROVIDERS
+        if dtype in p.dtypes
+        and torch.device(device).type in p.devices
+        and (names is None or p.name in names)
+        and (compiling or not p.compiles)
+    ]
+
+
 def backend(provider: Provider, device: str = "cpu") -> Optional[str]:
     """Which of the package's backends serves a provider of ours; None for peers."""
-    if not provider.ours:
+    if provider.options is None:
         return None
-    return need("kd_kernels.backends").pick("row_divergence", torch.device(device), None)[0]
+    named = provider.options.get("backend")
+    return need("kd_kernels.backends").pick("row_divergence", torch.device(device), named)[0]
+
+
+def workspace(provider: Provider, device: str) -> int:
+    """Bytes of scratch memory that a provider of ours may take."""
+    assert provider.options is not None
+    named = provider.options.get("workspace_bytes")
+    return named or need("kd_kernels.drivers.chunks").default_workspace(torch.device(device))
 
 
 def by_name(name: str) -> Provider:

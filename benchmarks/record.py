@@ -70,13 +70,28 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         slug = f"cpu-{name}-{os.cpu_count()}c-{torch.backends.cpu.get_cpu_capability()}"
     slug = re.sub(r"\([^)]*\)|@.*?GHz|\bCPU\b|\bProcessor\b", " ", slug)
     slug = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-")
-    return {
+    found = {
         "slug": slug,
         "name": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
     }
+    return {**found, "gpu": clocks()} if device.startswith("cuda") else found
+
+
+def clocks() -> str:
+    """Driver, clocks and power of the GPU, now."""
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True,
+        ).stdout.split(",")  # fmt: skip
+        driver, sm, memory, most, power, celsius = (x.strip() for x in told[:6])
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        return f"clocks not known ({error})"
+    return f"driver {driver}, {sm} of {most}, memory {memory}, {power}, {celsius} C"
 
 
 @functools.cache

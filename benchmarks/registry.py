@@ -15,5 +15,6 @@ class Bench:
     about: str  # over its table in the README: what is measured and what the yardstick is
     header: tuple[str, ...]
     lines: Callable[[Iterable[Row]], list[tuple[str, ...]]]  # of the table, from result rows
-    # (where results go or None, quick=, rounds=, threads=, dtypes=, reject=): runs it and gives its rows
+    # (where results go or None, sizes=, rounds=, threads=, dtypes=, reject=, device=): runs it and gives its
+    # rows; sizes are "full", "quick" or "gpu"
     run: Callable[..., list[Row]]

@@ -24,7 +24,7 @@ import bench_scaling
 import report
 from benches import BENCHES
 from record import RESULTS, Row
-from workloads import HEAD, QUICK
+from workloads import HEAD, QUICK, ROWS
 
 NAMES = ("head", "rows", *(bench.name for bench in BENCHES), "scaling")
 
@@ -90,13 +90,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         )
         show("Distillation step from hidden states, forward and backward", report.head_text(rows), rows)
     if "rows" in benches:
-        shape = QUICK if options.quick else bench_rows.ROWS
+        shape = QUICK if options.quick else ROWS
         rows = bench_rows.run(results, shape=shape, compiling=not options.quick, **common)
         show("Row kernel alone: logits in, loss and gradient out", report.rows_text(rows), rows)
     for bench in BENCHES:
         if bench.name in benches:
             timing = {name: common[name] for name in ("rounds", "threads", "dtypes", "reject")}
-            rows = bench.run(results, quick=options.quick, **timing)
+            sizes = "quick" if options.quick else "full"
+            rows = bench.run(results, sizes=sizes, **timing)
             show(bench.title, report.aligned(bench.header, bench.lines(rows)), rows)
     if "scaling" in benches:
         rows = bench_scaling.run(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -28,16 +28,18 @@ from report import (
     median,
     provenance,
     ratio,
+    row_verdict,
     scaling_lines,
     seconds,
+    shape_of,
     verdicts,
     when,
 )
-from workloads import FLOOR
+from workloads import FLOOR, Shape
 
 README = ROOT.parent / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-PEERS = ("torch", "torch.compile", "liger", "liger compiled", "trl")
+PEERS = ("torch", "torch.compile", "liger", "liger compiled", "liger fused", "trl")
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -45,37 +47,50 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell or " " for cell in line) + " |" for line in bars)
 
 
+def of_each_shape(make: Callable[[list[Row]], str], rows: Sequence[Row]) -> str:
+    """A table of each shape of the rows, the first one's first."""
+    shapes: dict[Shape, list[Row]] = {}
+    for row in rows:
+        shapes.setdefault(shape_of(row), []).append(row)
+    return "\n\n".join(text for some in shapes.values() if (text := make(some)))
+
+
+def present(rows: Iterable[Row], names: Iterable[str]) -> list[str]:
+    """Those of the providers that were there to be measured."""
+    found = {row["provider"] for row in rows}
+    return [name for name in names if name in found]
+
+
 def head_markdown(rows: Sequence[Row]) -> str:
     """Ours, one line per dtype and objective, against the floor and every peer."""
+    peers = present(rows, PEERS)
     header = (
         "inputs",
         "objective",
         "kd",
         "x floor (p20 .. p80)",
         "x floor [V, C]",
-        *PEERS,
+        *peers,
         "best peer / kd",
         "targets",
     )
     lines = []
     for case in cases(rows).values():
-        peers = [seconds(median(case.get(name))) or absence(case.get(name)) for name in PEERS]
+        times = [seconds(median(case.get(name))) or absence(case.get(name)) for name in peers]
         best = best_peer(case)
-        for name in OURS:
-            row = case.get(name)
-            if row is None:
-                continue
+        for name in present(case.values(), OURS):
+            row = case[name]
             mine, over = median(row), row.get("ratio_floor")
             lines.append(
                 (
-                    row["case"]["dtype"] + (", bf16 logits" if name == OURS[1] else ""),
+                    row["case"]["dtype"] + OURS[name],
                     row["case"]["label"],
                     ("~" if row.get("noisy") else "") + seconds(mine) if mine else absence(row),
                     f"**{ratio(over['median'])}** ({ratio(over['p20'])} .. {ratio(over['p80'])})"
                     if over
                     else "",
                     ratio(median(row, "ratio_floor_vocab_major")),
-                    *peers,
+                    *times,
                     ratio(best[1] / mine) if best and mine else "",
                     "<br>".join(verdicts(row, case)),
                 )
@@ -104,7 +119,8 @@ def first_by_dtype(rows: Iterable[Row], provider: str) -> list[Row]:
 
 
 def memory_markdown(rows: Sequence[Row]) -> str:
-    header = ("inputs", "objective", "kd above gradients", *OURS, *PEERS)
+    shown = present(rows, (*OURS, *PEERS))
+    header = ("inputs", "objective", "kd above gradients", *shown)
     lines = []
     for case in cases(rows).values():
         peaks = {name: row["peak"] for name, row in case.items() if row.get("peak")}
@@ -116,35 +132,37 @@ def memory_markdown(rows: Sequence[Row]) -> str:
             mebibytes(peaks[name].get("above_inputs")) or "failed"
             if name in peaks
             else ("" if name not in case else absence(case[name]))
-            for name in (*OURS, *PEERS)
+            for name in shown
         ]
         lines.append((some["dtype"], some["label"], " / ".join(above), *cells))
     if not lines:
         return ""
+    shape, alone = rows[0]["case"], "" if "gpu" in rows[0]["machine"] else ", each in a process of its own"
     return (
-        "Peak memory of a step above its inputs, MiB, each in a process of its own. The first column is "
-        "above the gradients too (`d hidden`, and `d weight` twice: accumulator and result).\n\n"
-        + markdown(header, lines)
+        f"Peak memory of such a step above its inputs, MiB{alone}, {shape['tokens']} tokens, V = "
+        f"{shape['vocab']}. The first column is above the gradients too (`d hidden`, and `d weight` twice: "
+        "accumulator and result).\n\n" + markdown(header, lines)
     )
 
 
 def rows_markdown(rows: Sequence[Row]) -> str:
-    header = ("logits", "objective", "kd", "GB/s", "x copy", "torch", "torch.compile")
+    peers = present(rows, PEERS)
+    header = ("logits", "objective", "kd", "GB/s", "x copy", *peers, "targets")
     lines = []
     for case in cases(rows).values():
-        row = case.get("kd")
-        if row is None:
-            continue
-        lines.append(
-            (
-                row["case"]["dtype"],
-                row["case"]["label"],
-                seconds(median(row)) or absence(row),
-                f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
-                ratio(median(row, "ratio_copy")),
-                *(seconds(median(case.get(n))) or absence(case.get(n)) for n in ("torch", "torch.compile")),
+        for name in present(case.values(), OURS):
+            row = case[name]
+            lines.append(
+                (
+                    row["case"]["dtype"] + OURS[name],
+                    row["case"]["label"],
+                    seconds(median(row)) or absence(row),
+                    f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
+                    ratio(median(row, "ratio_copy")),
+                    *(seconds(median(case.get(peer))) or absence(case.get(peer)) for peer in peers),
+                    row_verdict(row),
+                )
             )
-        )
     shape = rows[0]["case"]
     return (
         f"The row kernel alone, logits in and gradient out, {shape['tokens']} x {shape['vocab']}. GB/s of "
@@ -175,9 +193,9 @@ def gpu_markdown(results: Path) -> str:
 def readme_section(results: Path = RESULTS) -> str:
     parts = []
     makers = (
-        ("head", head_markdown),
-        ("head", memory_markdown),
-        ("rows", rows_markdown),
+        ("head", functools.partial(of_each_shape, head_markdown)),
+        ("head", functools.partial(of_each_shape, memory_markdown)),
+        ("rows", functools.partial(of_each_shape, rows_markdown)),
         *((bench.name, functools.partial(bench_markdown, bench)) for bench in BENCHES),
         ("scaling", scaling_markdown),
     )

@@ -32,14 +32,53 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
     command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "no CUDA device" in done.stderr
-    import gpu_check
 
-    cases = [what for what, _ in gpu_check.measurements(tmp_path, "cuda")]
-    assert (
-        len(cases)
-        == len(set(cases))
-        == sum(len(o) for _, o in gpu_check.HEAD_CASES) + len(gpu_check.ROW_CASES)
-    )
+
+def test_gpu_measurements_run_and_are_shown(tmp_path):
+    """What a GPU runs once in a while must not fail by a name: all of it, at toy sizes, on the CPU; then its
+    rows as those of a GPU, each shape under a heading of its own and with its promises."""
+    import gpu_check
+    import table
+    from record import Writer, read
+    from workloads import GPU_HEAD, GPU_ROWS, QUICK
+
+    rows_toy = {"shape": QUICK, "compiling": False}
+    toys = {"rows": rows_toy, "head": {**rows_toy, "memory_for": ()}}
+    kinds = set()
+    for one in gpu_check.MEASUREMENTS:
+        kind = (one.name, one.what.split()[-1])
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        rows = one.run(tmp_path, rounds=2, threads=1, reject=False, **toys.get(one.name, {"sizes": "quick"}))
+        assert {row["status"] for row in rows} <= {"ok", "absent", "not offered"}, rows
+        assert any(row["provider"] == "kd" and "seconds" in row for row in rows)
+        assert len(gpu_check.text(one.name, rows).splitlines()) > len(rows)
+    labels = [one.what for one in gpu_check.MEASUREMENTS]
+    assert len(labels) == len(set(labels)) > len(GPU_HEAD) + len(GPU_ROWS)
+
+    (head,) = tmp_path.glob("*/head.jsonl")
+    gpu = {"slug": "cuda-a-gpu", "name": "A GPU", "gpu": "driver 1, 1980 MHz"}
+    for shape, objective in (GPU_HEAD[0], GPU_HEAD[3]):
+        for row in read(head):
+            if row["case"]["objective"] == objective and row["provider"] in ("floor", "kd", "torch"):
+                peak = {
+                    "above_inputs": 3 << 30,
+                    "above_gradients": 2 << 30,
+                    "workspace": 1 << 30,
+                    "device": "cuda",
+                }
+                changed = {"case": {**row["case"], **vars(shape)}, "case_id": shape.label, "machine": gpu}
+                writer = Writer("head", tmp_path / "gpu")
+                writer.path = tmp_path / "gpu" / gpu["slug"] / "head.jsonl"
+                writer.kept = {(r["case_id"], r["provider"]): r for r in read(writer.path)}
+                writer.keep({**row, **changed, **({"peak": peak} if row["provider"] == "kd" else {})})
+    section = table.readme_section(tmp_path / "gpu")
+    assert "A GPU, driver 1, 1980 MHz; " in section
+    assert section.count("One step, forward and backward: 8192 tokens, V = 128256") == 1
+    assert section.count("One step, forward and backward: 1024 tokens, V = 128256") == 1
+    assert "FAIL floor <= 1.2<br>" in section and "FAIL floor <= 1.5<br>" in section
+    assert section.count("FAIL memory <= 1056 MiB") == 2
 
 
 def test_a_wrong_result_is_not_timed():
