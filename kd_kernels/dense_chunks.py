@@ -36,16 +36,28 @@ def chunks_of(
     return values.split(rows_that_fit(values, vocab, dtype, workspace_bytes))
 
 
-def chunk_logits(source: Source, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[n, V]`` in ``dtype``: what the source makes of ``values``, a chunk of its own."""
+def chunk_logits(
+    source: Source, values: Tensor, dtype: torch.dtype, sums: Sequence[Optional[Tensor]] = (None, None)
+) -> Tensor:
+    """``[n, V]`` in ``dtype``: what the source makes of ``values``, a chunk of its own. ``sums``: see
+    :func:`wide_sums`."""
     if isinstance(source, Head):
         compute = autocast_dtype(source) or values.dtype
-        values = _Product.apply(values.to(compute), source.weight.to(compute), dtype)
-        if source.bias is not None:
-            values = values + source.bias
+        weight, bias = source.weight, source.bias
+        if sums[0] is not None:
+            weight, bias = weight.detach(), None if bias is None else bias.detach() + sums[1]
+        values = _Product.apply(values.to(compute), weight.to(compute), sums[0], dtype)
+        if bias is not None:
+            values = values + bias
     values = values.to(dtype)
     shaped = source.scale != 1.0 or source.softcap is not None
     return logits_of(Logits(values, source.scale, source.softcap)) if shaped else values
+
+
+def wide_sums(source: Source) -> list[Optional[Tensor]]:
+    """Stand in for a head's weight and bias in the graph of many chunks: zeros that take no memory, in
+    float32, so that the chunks' gradients add up in it and not in 16 bits."""
+    return [None if x is None else _WideSum.apply(x) for x in source.tensors()[1:]]
 
 
 def by_chunks(function: Callable[..., Tensor], *parts: Sequence[Tensor]) -> Tensor:
@@ -58,10 +70,13 @@ def by_chunks(function: Callable[..., Tensor], *parts: Sequence[Tensor]) -> Tens
 
 
 class _Product(torch.autograd.Function):
-    """``hidden @ weight.T``, float32 of 16-bit operands; back by products of their own dtype."""
+    """``hidden @ weight.T``, float32 of 16-bit operands; back by products of their own dtype. The weight's
+    gradient goes to ``wide_sum``, where there is one, in its dtype."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, wide_sum: Optional[Tensor], dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         out = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
         matmul(hidden, weight.t(), out)
@@ -74,6 +89,26 @@ class _Product(torch.autograd.Function):
         # 1 / tokens and the like would be nothing in float16.
         scale = gradient.abs().amax().clamp(min=1e-30) if gradient.numel() else 1.0
         narrow = (gradient / scale).to(hidden.dtype)
-        back = (narrow @ weight if ctx.needs_input_grad[0] else None,
-                narrow.t() @ hidden if ctx.needs_input_grad[1] else None)  # fmt: skip
-        return *(None if x is None else (x * scale).to(hidden.dtype) for x in back), None
+        d_hidden = d_weight = d_sum = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = ((narrow @ weight) * scale).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = ((narrow.t() @ hidden) * scale).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            d_sum = weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            matmul(narrow.t(), hidden, d_sum)
+            d_sum *= scale
+        return d_hidden, d_weight, d_sum, None
+
+
+class _WideSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return parameter.new_zeros((), dtype=wide).expand(parameter.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.to(ctx.dtype)

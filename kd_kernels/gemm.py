@@ -110,4 +110,4 @@ def _upcast(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         if accumulate:
             out[rows].addmm_(slab, wide)
         else:
-            out[rows] = slab @ wide
+            torch.mm(slab, wide, out=out[rows])  # `slab @ wide` autocast would make narrow again

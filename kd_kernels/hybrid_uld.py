@@ -25,7 +25,7 @@ from kd_kernels.arguments import (
     saveable,
     saveable_source,
 )
-from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of
+from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of, wide_sums
 from kd_kernels.distill import distill
 from kd_kernels.objectives import JensenShannon, SortedWasserstein
 from kd_kernels.ops.checks import checks_values
@@ -143,12 +143,14 @@ def hybrid_uld(
     others = [torch.ones(n, dtype=torch.bool, device=device).index_fill(0, ids, False).nonzero()[:, 0]
               for n, ids in zip(sizes, matched)]  # fmt: skip
 
+    sums = [wide_sums(source) for source in (student, teacher)]
+
     def terms(own: Tensor, other: Tensor, own_mass: Tensor, other_mass: Tensor) -> Tensor:
         log_q, log_p = (
-            (chunk_logits(source, chunk, dtype) / t).log_softmax(1) + mass[:, None]
-            for source, chunk, t, mass in (
-                (student, own, temperature, own_mass),
-                (teacher, other, hot, other_mass),
+            (chunk_logits(source, chunk, dtype, sum_) / t).log_softmax(1) + mass[:, None]
+            for source, sum_, chunk, t, mass in (
+                (student, sums[0], own, temperature, own_mass),
+                (teacher, sums[1], other, hot, other_mass),
             )
         )
         direct = _jensen_shannon(

@@ -160,6 +160,22 @@ def test_reductions_parts_and_chunks():
     assert torch.autograd.grad(whole[0] + each.sum(), [g, v], allow_unused=True) == (None, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_many_chunks_add_up_in_float32(dtype):
+    matches = kd.match_vocabularies(*vocabularies())
+
+    def gradients(kind, workspace=None):
+        h, w, g, v = (x.detach().to(dtype).to(kind).requires_grad_() for x in heads(pairs=400))
+        bias = torch.linspace(-2, 2, SIZES[0]).to(dtype).to(kind).requires_grad_()
+        student = kd.Head(h, w, bias)
+        loss = kd.hybrid_uld(student, kd.Head(g, v), matches, workspace_bytes=workspace, teacher_grad=True)
+        return torch.autograd.grad(loss, [w, bias, v])
+
+    exact = gradients(torch.float64)
+    for whole, cut, x in zip(gradients(dtype), gradients(dtype, workspace=1), exact):
+        assert error(cut, x) < 1.2 * error(whole, x) + FLOOR[dtype]
+
+
 def test_no_tensor_holds_all_logits():
     leaves, matches = heads(torch.float32, pairs=200), kd.match_vocabularies(*vocabularies())
     with Largest() as seen:

@@ -1,5 +1,7 @@
 """The op that measures distances for ``kd.SinkhornBatch``, on every backend: slabs, heads, groups."""
 
+import re
+
 import pytest
 import torch
 from cases import SHAPING, SOURCES, Batch, error, leaves
@@ -99,5 +101,7 @@ def test_what_the_triton_kernel_takes_counts_as_workspace(dtype, gradients):
         cut = walk(budget)
         assert cut.bytes + cut._scratch(cut.width) <= budget
         assert (cut.width < 5000) == (budget < 1 << 30)
-    with pytest.raises(ValueError, match=r"workspace_bytes=100 .* at least \d+ bytes"):
+    with pytest.raises(ValueError, match=r"workspace_bytes=100 .* at least \d+ bytes") as refusal:
         walk(100)
+    needed = int(re.search(r"at least (\d+)", str(refusal.value))[1])
+    assert walk(needed).width >= 1, "what the message asks for is taken"

@@ -109,6 +109,10 @@ def test_epsilon_too_small_for_scalings(shared, backend):
             ValueError, match=rf'{whose} has entries too far apart for this eps.*domain="log"'
         ):
             kd.sinkhorn(cost, a, b, domain="scaling", **options)
+        wide = {**options, "epsilon": 1.0}
+        kd.sinkhorn(cost, a, b, domain="scaling", **wide)
+        with pytest.raises(ValueError, match="too far apart"):  # an epsilon of a schedule is iterated at, too
+            kd.sinkhorn(cost, a, b, domain="scaling", epsilon_schedule=[epsilon], **wide)
         exact = dense(*(x.double() for x in (cost, a, b)), [epsilon] * 5)
         for domain in ("auto", "log"):
             found = kd.sinkhorn(cost, a, b, domain=domain, **options)

@@ -85,3 +85,5 @@ def test_a_chunk_fills_the_workspace_and_is_found_at_once(vocab, itemsizes, voca
     rows = chunk_rows(10**9, vocab, itemsizes, budget, room, granule=1)
     assert len(asked) < 40, "rows filled up to whole cache lines are no reason to try every number"
     assert room(rows) <= budget < room(rows + 1 + rows // 100)  # all chunks are of one size
+    few = chunk_rows(3, vocab, itemsizes, budget, room, granule=128)
+    assert few == 3, "whole tiles are no reason to hold logits of tokens that are not there"

@@ -108,11 +108,14 @@ def solve(
     column = tl.where(there, 0.0, -inf).to(F)
     last = tl.load(epsilons + iterations - 1)
     before = tl.load(epsilons)
+    smallest = before
     step = 0
     running = iterations > 0
     while running & (step < iterations):
         epsilon = tl.load(epsilons + step)
         inverse = (1.0 / epsilon).to(F)
+        if SCALING:
+            smallest = tl.minimum(smallest, epsilon)
         column = column * (before / epsilon).to(F)  # the same potential in the new unit
         new_phi, old_phi = halves + (step % 2) * n, halves + ((step + 1) % 2) * n
         sums = tl.zeros([ROWS, COLUMNS], F)
@@ -187,7 +190,8 @@ def solve(
     infeasible = (tl.max(shut, 0) > 0) | (tl.max(shut_column.to(tl.int32), 0) > 0)
     status = tl.where(infeasible, INFEASIBLE, SOLVED)
     if SCALING:
-        status = tl.where(tl.max(span, 0) * inverse > ROOM, OUT_OF_ROOM, status)
+        out = tl.max(span, 0) / smallest.to(F) > ROOM
+        status = tl.where(out, OUT_OF_ROOM, status)
     wide = mass_j.to(tl.float64)
     mass = tl.sum(wide, 0)
     inner_j = tl.where(there, wide * (column.to(tl.float64) - tl.log(wide)), 0.0)

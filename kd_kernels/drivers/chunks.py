@@ -90,4 +90,4 @@ def chunk_rows(
     chunks = -(-n // most)
     even = -(-n // chunks)
     padded = -(-even // granule) * granule
-    return min(padded, most)
+    return min(padded, most, n)

@@ -201,7 +201,7 @@ class _Walk:
             return self.vocab, 0
         given = self.problem.workspace_bytes
         budget = default_workspace(self.device) if given is None else given
-        most = min(self.vocab, budget // max(1, room(1024) // 1024))
+        most = min(self.vocab, max(1, budget // max(1, room(1024) // 1024)))
         while most > 0 and room(most) > budget:
             most -= max(1, most // 64)
         if most < 1:

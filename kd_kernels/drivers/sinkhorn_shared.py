@@ -138,7 +138,7 @@ class _Shared:
         u, done = torch.zeros_like(job.a), torch.zeros_like(job.a[:, 0], dtype=torch.bool)
         taken = torch.zeros_like(job.numbers[:, 0])
         # Another epsilon is another kernel, and v the same potentials in another unit.
-        before = self.epsilon if job.iterations == 0 else float(job.epsilons[0])
+        before = float(job.epsilons[0])
         for step, epsilon in enumerate(job.epsilons.tolist()):
             if step == 0 or epsilon != before:
                 kernel = self.kernel if epsilon == self.epsilon else self.kernel_at(epsilon)
@@ -176,7 +176,8 @@ class _Shared:
         unmet = (job.b > 0) & (v == 0)  # by rounding, or because nothing reaches it
         if job.b.device.type != "cpu" or bool(unmet.any()):
             infeasible |= (unmet & (self.along_columns(u, ones[1]) == 0)).any(1)
-        out = (self.reach > self.epsilon * P.room(job.a.dtype)).any()
+        least = min(job.epsilons.tolist())  # each epsilon of a schedule has been iterated at
+        out = (self.reach > least * P.room(job.a.dtype)).any()
         status = torch.where(
             out, float(P.OUT_OF_ROOM), torch.where(infeasible, float(P.INFEASIBLE), float(P.SOLVED))
         )

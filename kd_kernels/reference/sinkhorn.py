@@ -103,7 +103,7 @@ def _solve(job: P.SinkhornJob) -> None:
     job.numbers[:, P.GAP] = product_gap(job, sums, epsilon)
     status = torch.where(infeasible, float(P.INFEASIBLE), float(P.SOLVED))
     if job.domain == P.SCALING:
-        status = torch.where(_out_of_room(job, cost, epsilon), float(P.OUT_OF_ROOM), status)
+        status = torch.where(_out_of_room(job, cost, min(epsilons)), float(P.OUT_OF_ROOM), status)
     job.numbers[:, P.STATUS] = status
 
 
