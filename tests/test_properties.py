@@ -6,6 +6,7 @@ from cases import OBJECTIVES, Batch, error, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import values_and_gradients
+from watch import chunks
 
 import kd_kernels as kd
 from kd_kernels.reference import dense_distill
@@ -82,6 +83,34 @@ def test_chunk_size_does_not_matter(objective, backend):
     for other in results[1:]:
         for x, y in zip(results[0], other):
             assert error(x, y) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["head", "logits"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_many_chunks_add_up_in_float32(reduction, kind, dtype, backend):
+    """What 40 chunks bring lies between one 2048 times as large and another that takes it back: a sum in 16
+    bits, or one rounded to them after each chunk, keeps nothing of the 40."""
+    n, vocab, width = 42, 37, 5
+    hidden = torch.randn(n, width).to(dtype)
+    hidden[-1] = -hidden[0]
+    weight, bias = torch.zeros(vocab, width, dtype=dtype), torch.randn(vocab).to(dtype)  # tokens alike
+    loud = torch.ones(n)
+    loud[0] = loud[-1] = 2048
+    student = kd.Head(hidden, weight.requires_grad_(), bias.requires_grad_())
+    teacher = (torch.randn(1, 3).expand(n, 3).to(dtype), torch.randn(vocab, 3).to(dtype))
+    logits = teacher[0].double() @ teacher[1].double().t()
+    teacher = kd.Head(*teacher) if kind == "head" else kd.Logits(logits)
+    with chunks() as walks:
+        loss = kd.distill(
+            student, teacher, kd.ForwardKL(), token_weight=loud, reduction=reduction, backend=backend,
+            workspace_bytes=600,
+        )  # fmt: skip
+        loss.sum().backward()
+    assert walks[-1] == [1] * n  # an earlier one finds no gradient, which leaves room for more
+    one = bias.detach().double().softmax(0) - logits[0].softmax(0)
+    assert error(weight.grad, one[:, None] * hidden[1:-1].double().sum(0)) < 1e-2
+    assert error(bias.grad, one * (2 * 2048 + n - 2)) < 5e-3
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])

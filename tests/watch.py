@@ -1,11 +1,17 @@
-"""What a computation holds meanwhile: the largest tensor it makes, the memory of its process."""
+"""What a computation holds meanwhile: the largest tensor it makes, the memory of its process; and the chunks
+that its walks take."""
 
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kd_kernels.drivers import chunked_head
 
 # Bytes of "VmRSS" now, or of "VmHWM", the most since ``Path("/proc/self/clear_refs").write_text("5")``.
 _STATUS = """
@@ -24,6 +30,20 @@ def in_a_process(script: str, *arguments: str) -> int:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return int(run.stdout)
+
+
+@contextmanager
+def chunks() -> Iterator[list[list[int]]]:
+    """The sizes of the chunks of every walk of two models, in the order of the walks."""
+    seen, cut = [], chunked_head.cut
+
+    def watched(sides, n, *arguments, **options):
+        rows, size = cut(sides, n, *arguments, **options)
+        seen.append([min(rows, n - start) for start in range(0, n, rows)])
+        return rows, size
+
+    with patch.object(chunked_head, "cut", watched):
+        yield seen
 
 
 class Largest(TorchDispatchMode):
