@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from cases import OBJECTIVES, Batch, error, leaves
+from cases import OBJECTIVES, Batch, batch_for, error, leaves
 from plain import compare, gradients, widened
 from torch.utils.checkpoint import checkpoint
 
@@ -195,20 +195,65 @@ def test_tied_weight_gets_both_gradients():
     assert error(*(torch.autograd.grad(x, student.weight)[0] for x in (loss, exact))) < 1e-13
 
 
+def everything(batch, **options):
+    """Of every option that is a tensor, one."""
+    given = {"labels": batch.labels, "mask": batch.mask, "temperature": batch.temperature, "hard_weight": 0.5}
+    return {**given, "token_weight": batch.weight, **options}
+
+
+def coupled(batch, **options):
+    options = {k: v for k, v in everything(batch, **options).items() if k != "token_weight"}
+    return {**options, "temperature": 2.0, "groups": batch.labels, "reduction": "sum"}
+
+
+def logprobs(batch, source, ids, backend):
+    return torch.cat([
+        x.flatten()
+        for x in kd.linear_logprobs(source, ids, temperature=batch.temperature, entropy=True, backend=backend)
+    ])  # fmt: skip
+
+
+# By call: its result, of a batch, two models, a sparse teacher and options. What overwrites rows is Triton's
+# gather, which sparse teachers, the top-K form and log-probabilities use.
+CALLS = {
+    "dense": lambda b, s, t, _, o: kd.distill(s, t, JS, teacher_grad=True, **everything(b, **o)),
+    "sparse": lambda b, s, _, p, o: kd.distill(s, p, JS, **everything(b, **o, teacher_temperature=1.0)),
+    "sorted": lambda b, s, t, _, o: kd.distill(s, t, kd.SortedWasserstein(), **everything(b, **o)),
+    "sorted top_k": lambda b, s, t, _, o: kd.distill(s, t, kd.SortedWasserstein(7), **everything(b, **o)),
+    "sinkhorn_batch": lambda b, s, t, _, o: kd.distill(s, t, kd.SinkhornBatch(0.4, 3), **coupled(b, **o)),
+    "logprobs": lambda b, s, _, p, o: logprobs(b, s, p.ids, o["backend"]),
+    "topk": lambda b, s, _, p, o: kd.linear_topk(s, 5, targets=b.labels, samples=3, backend=o["backend"]),
+    "rank": lambda b, s, _, p, o: kd.linear_rank(s, p.ids, 5, backend=o["backend"]),
+    "score": lambda b, s, t, _, o: kd.score(s, t, labels=b.labels, mask=b.mask, backend=o["backend"]),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kinds", [("head", "head"), ("head", "logits"), ("logits", "logits")], ids="x".join)
-def test_inputs_are_unchanged(dtype, kinds):
-    batch = Batch()
-    student, teacher = (batch.source(side, kind, dtype) for side, kind in zip(("student", "teacher"), kinds))
-    tensors = [*leaves(student, teacher), batch.labels, batch.mask, batch.weight, batch.temperature]
-    before = [(x._version, x.detach().clone()) for x in tensors]
+@pytest.mark.parametrize("call", CALLS)
+def test_inputs_are_unchanged(call, kinds, dtype, backend):
+    """Nor is what lies between the rows of existing logits."""
+    batch = batch_for(backend)
+    models, watched = [], [batch.labels, batch.mask, batch.weight, batch.temperature]
+    for side, kind in zip(("student", "teacher"), kinds):
+        model = batch.source(side, kind, dtype)
+        if kind == "logits":
+            wider = torch.nn.functional.pad(model.values.detach(), (2, 3), value=7.0).requires_grad_()
+            model = kd.Logits(wider[..., 2:-3])
+            watched.append(wider)
+        else:
+            watched += leaves(model)
+        models.append(model)
+    top, ids = batch.tensors["teacher logits"].log_softmax(-1).topk(6)
+    tail = (1 - top.exp().sum(-1)).log().float()
+    sparse = kd.SparseTarget(ids, top.float(), log_tail_mass=tail)
+    watched += [ids, sparse.logprobs, tail]
+    before = [(x._version, x.detach().clone()) for x in watched]
     for reduction in ("mean", "none"):
-        loss = kd.distill(
-            student, teacher, JS, labels=batch.labels, mask=batch.mask, token_weight=batch.weight,
-            temperature=batch.temperature, hard_weight=0.5, reduction=reduction, teacher_grad=True,
-        )  # fmt: skip
-        loss.sum().backward()
-    for x, (version, value) in zip(tensors, before):
+        found = CALLS[call](batch, *models, sparse, {"backend": backend, "reduction": reduction})
+        if isinstance(found, torch.Tensor):
+            found.sum().backward()
+    for x, (version, value) in zip(watched, before):
         assert x._version == version and torch.equal(x.detach(), value)
 
 
