@@ -112,11 +112,44 @@ def test_error_names_the_argument(case):
         function()
 
 
-def test_devices_are_checked():
-    with pytest.raises(ValueError, match="teacher's values is on meta"):
-        call(teacher=torch.randn(3, 9, device="meta"))
-    with pytest.raises(ValueError, match="labels is on meta"):
-        call(labels=LABELS.to("meta"))
+def there(x):
+    return x.to("meta")  # another device than the student's, on every machine
+
+
+ONES, IDS = torch.ones(3), torch.tensor([[0, 1], [2, 3], [4, 5]])
+SPARSE = torch.full((3, 2), -1.0)
+# By what is on another device: the call, and the words of its error.
+ELSEWHERE = {
+    "teacher": (lambda: call(teacher=there(Z)), "teacher's values is on meta, the student's values on cpu"),
+    "teacher's weight": (lambda: call(teacher=kd.Head(H, there(W))), "teacher's weight is on meta"),
+    "student's weight": (lambda: call(student=kd.Head(H, there(W))), "student's weight is on meta"),
+    "student's bias": (lambda: call(student=kd.Head(H, W, there(W[:, 0]))), "student's bias is on meta"),
+    "sparse ids": (lambda: call(teacher=kd.SparseTarget(there(IDS), SPARSE)), "teacher's ids is on meta"),
+    "sparse logprobs": (lambda: call(teacher=kd.SparseTarget(IDS, there(SPARSE))), "teacher's logprobs is on meta"),
+    "sparse tail": (lambda: call(teacher=kd.SparseTarget(IDS, SPARSE, log_tail_mass=there(-ONES))), "teacher's log_tail_mass is on meta"),
+    "labels": (lambda: call(labels=there(LABELS)), "labels is on meta, the student on cpu"),
+    "mask": (lambda: call(mask=there(ONES > 0)), "mask is on meta"),
+    "token_weight": (lambda: call(token_weight=there(ONES)), "token_weight is on meta"),
+    "temperature": (lambda: call(temperature=there(ONES)), "^temperature is on meta"),
+    "teacher_temperature": (lambda: call(teacher_temperature=there(ONES)), "teacher_temperature is on meta"),
+    "groups": (lambda: call(objective=kd.SinkhornBatch(), groups=there(LABELS)), "groups is on meta"),
+    "objective": (lambda: call(objective=kd.WeightedKL(1.0, there(ONES))), "WeightedKL's reverse is on meta"),
+    "logprobs' ids": (lambda: kd.linear_logprobs(Z, there(IDS)), "ids is on meta, the tokens on cpu"),
+    "logprobs' temperature": (lambda: kd.linear_logprobs(Z, IDS, temperature=there(ONES)), "temperature is on meta"),
+    "topk's targets": (lambda: kd.linear_topk(Z, 2, targets=there(LABELS)), "targets is on meta"),
+    "topk's weight": (lambda: kd.linear_topk(kd.Head(H, there(W)), 2), "source's weight is on meta"),
+    "rank's ids": (lambda: kd.linear_rank(Z, there(IDS)), "ids is on meta"),
+    "scored teacher": (lambda: kd.score(Z, there(Z)), "teacher's values is on meta"),
+    "score's labels": (lambda: kd.score(Z, labels=there(LABELS)), "labels is on meta"),
+    "score's mask": (lambda: kd.score(Z, mask=there(ONES > 0)), "mask is on meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_devices_are_checked(what):
+    function, words = ELSEWHERE[what]
+    with pytest.raises(ValueError, match=words):
+        function()
 
 
 @pytest.mark.parametrize("lead", [(0,), (0, 4), (4, 0)], ids=str)
