@@ -332,7 +332,7 @@ def subtract_average(target, plan, row_sums, along, i_sums, j, n, m, ROWS: tl.co
     return target - tl.sum(sums, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["iterations"])
 def implicit(
     cost,
     a,
