@@ -12,20 +12,21 @@ from kd_kernels.reference.dense import dense_distill
 Source = kd.Head | kd.Logits | kd.SparseTarget
 
 
-def widened(source: Source, dtype: torch.dtype) -> Source:
-    """The same rounded numbers in ``dtype``, as fresh leaves."""
+def widened(source: Source, dtype: torch.dtype, device: torch.device | str | None = None) -> Source:
+    """The same rounded numbers in ``dtype``, as fresh leaves; on ``device`` if one is named."""
     if isinstance(source, kd.SparseTarget):  # a constant, in float32 or float64 whatever the student is
         tail = source.log_tail_mass
         wide = torch.promote_types(dtype, torch.float32)
         return kd.SparseTarget(
-            source.ids,
-            source.logprobs.to(wide),
+            source.ids.to(device),
+            source.logprobs.to(device, wide),
             source.missing,
             source.temperature,
-            None if tail is None else tail.to(wide),
+            None if tail is None else tail.to(device, wide),
         )
     wide = [
-        None if x is None else x.detach().to(dtype).requires_grad_(x.requires_grad) for x in source.tensors()
+        None if x is None else x.detach().to(device, dtype).requires_grad_(x.requires_grad)
+        for x in source.tensors()
     ]
     if isinstance(source, kd.Head):
         return kd.Head(*wide, scale=source.scale, softcap=source.softcap)
