@@ -71,29 +71,38 @@ def values_and_gradients(
 
 
 def compare(
-    batch: Batch, student: Source, teacher: Source, objective: kd.Objective, backend: str | None, **options
+    batch: Batch,
+    student: Source,
+    teacher: Source,
+    objective: kd.Objective,
+    backend: str | None,
+    device: torch.device | str | None = None,
+    **options,
 ) -> None:
-    """Assert the numerics contract for loss and every gradient: at most twice plain torch's error."""
+    """Assert the numerics contract for loss and every gradient: at most twice plain torch's error. On
+    ``device``, if one is named, is ours alone."""
     dtype = student.tensors()[0].dtype
     own = {k: options.pop(k) for k in ("logits_dtype", "workspace_bytes", "compact") if k in options}
     teacher_grad = any(x.requires_grad for x in leaves(teacher))
-    ours = (copy(student), copy(teacher))
+    ours = [widened(x, x.tensors()[0].dtype, device) for x in (student, teacher)]
+    moved = {k: v.to(device) if isinstance(v, Tensor) and v.dim() else v for k, v in options.items()}
     theirs = (copy(student), copy(teacher))
     exact = (widened(student, torch.float64), widened(teacher, torch.float64))
     results = []
     for sources, call in (
         (
             ours,
-            lambda s, t, o: kd.distill(s, t, o, teacher_grad=teacher_grad, backend=backend, **own, **options),
+            lambda s, t, o: kd.distill(s, t, o, teacher_grad=teacher_grad, backend=backend, **own, **moved),
         ),
         (theirs, lambda s, t, o: plain(s, t, o, **options)),
         (exact, lambda s, t, o: dense_distill(s, t, o, **options)),
     ):
         loss = call(*sources, objective)
-        results.append([loss, *gradients(loss, list(sources), batch.upstream)])
+        found = [loss, *gradients(loss, list(sources), batch.upstream.to(loss.device))]
+        results.append([x.to(student.tensors()[0].device) for x in found])
     assert results[0][0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # Triton's interpreter cuts a bfloat16 off where a GPU rounds it: up to twice the error, all one way.
-    cut = backend == "triton" and dtype == torch.bfloat16 and not student.tensors()[0].is_cuda
+    cut = backend == "triton" and dtype == torch.bfloat16 and not ours[0].tensors()[0].is_cuda
     floor = FLOOR[dtype] * (2 if cut else 1)
     names = ["loss", *(f"gradient {i}" for i in range(len(results[0]) - 1))]
     for name, x, y, z in zip(names, *results):

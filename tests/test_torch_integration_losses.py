@@ -161,7 +161,7 @@ LEFT = {
     "sinkhorn_batch": Loss(
         lambda d: kd.distill(
             head(d), d["teacher"], SINKD,
-            groups=torch.arange(len(d["z"]))[:, None].expand(d["labels"].shape),
+            groups=torch.arange(len(d["z"]), device=d["z"].device)[:, None].expand(d["labels"].shape),
         ),
         HEAD,
     ),
@@ -340,7 +340,7 @@ SUMS = {
     "sinkhorn batch": (
         lambda d, n: kd.distill(
             head(d), d["teacher"], kd.SinkhornBatch(), num_items=n, labels=d["labels"],
-            groups=torch.arange(len(d["z"]))[:, None].expand(d["labels"].shape),
+            groups=torch.arange(len(d["z"]), device=d["z"].device)[:, None].expand(d["labels"].shape),
         ),
         HEAD,
     ),
