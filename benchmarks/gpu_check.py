@@ -77,8 +77,8 @@ def build(log: Path) -> Optional[str]:
 
 def tests(log: Path, seconds: float) -> str:
     """The last line that pytest says; the log names what failed as it fails, also where time runs out."""
-    # The quick ones first.
-    files = ("tests/test_waits.py", "tests/test_gpu_points.py", "tests/test_gpu.py")
+    where = ROOT / "tests"
+    files = map(str, (where / "test_waits.py", *sorted(where.glob("test_gpu_*.py")), where / "test_gpu.py"))
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "--tb=short", *files]
     if importlib.util.find_spec("xdist") is not None:  # most of the time is spent compiling
         command += ["-n", str(min(12, os.cpu_count() or 1))]

@@ -34,6 +34,20 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
     assert done.returncode == 1 and "no CUDA device" in done.stderr
 
 
+def test_gpu_check_runs_every_test_that_is_marked_for_it(tmp_path, monkeypatch):
+    import gpu_check
+
+    asked = []
+    monkeypatch.setattr(gpu_check, "within", lambda seconds, command, **_: asked.extend(command))
+    gpu_check.tests(tmp_path / "log", 1.0)
+    marked = [
+        x
+        for x in (ROOT / "tests").glob("test_*.py")
+        if "mark.gpu" in x.read_text() and x.name != Path(__file__).name
+    ]
+    assert marked and {str(x) for x in marked} <= set(asked)
+
+
 def test_gpu_measurements_run_and_are_shown(tmp_path):
     """What a GPU runs once in a while must not fail by a name: all of it, at toy sizes, on the CPU; then its
     rows as those of a GPU, each shape under a heading of its own and with its promises."""
