@@ -35,6 +35,7 @@ import bench_sinkhorn  # noqa: E402
 import bench_sinkhorn_batch  # noqa: E402
 import bench_sorted  # noqa: E402
 import bench_sparse  # noqa: E402
+import gpu_counters  # noqa: E402
 import gpu_cuda  # noqa: E402
 import gpu_profile  # noqa: E402
 import report  # noqa: E402
@@ -197,6 +198,10 @@ def main() -> int:
         summary["cuda"] = gpu_cuda.check(options.out, lambda: clock.left)
     except Exception as error:
         summary["cuda"] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    try:
+        summary["bytes moved, over the least"] = gpu_counters.check(options.out, lambda: clock.left)
+    except Exception as error:
+        summary["bytes moved, over the least"] = f"failed: {type(error).__name__}: {error}"[:300]
     summary["clocks after"] = clocks()
     write(options.out, summary)
     for name, measured in found.items():

@@ -27,8 +27,8 @@ def heads(tokens: int, vocab: int, student: int, teacher: int) -> tuple[kd.Head,
     return head(student, True), head(teacher, False)
 
 
-def head_step(student: kd.Head, teacher: kd.Head, objective: kd.Objective) -> tuple[Tensor, ...]:
-    loss = kd.distill(student, teacher, objective)
+def head_step(student: kd.Head, teacher: kd.Head, objective: kd.Objective, **options) -> tuple[Tensor, ...]:
+    loss = kd.distill(student, teacher, objective, **options)
     return torch.autograd.grad(loss, (student.hidden, student.weight))
 
 

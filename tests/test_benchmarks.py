@@ -95,6 +95,33 @@ def test_gpu_measurements_run_and_are_shown(tmp_path):
     assert section.count("FAIL memory <= 1056 MiB") == 2
 
 
+NCU = """#!/bin/sh
+echo '==PROF== Connected to process 1'
+echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+for kernel in 1 2; do
+  echo '"0","row_kernel","dram__bytes_read.sum","byte","1,313,341,440"'
+  echo '"0","row_kernel","dram__bytes_write.sum","byte","262,668,288"'
+done
+"""
+
+
+def test_counted_bytes_are_over_the_least(tmp_path, monkeypatch):
+    """Of all kernels of a step, by what ncu prints; without ncu, or where it counts nothing, the reason."""
+    import gpu_counters
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "left out" in gpu_counters.check(tmp_path, lambda: 99.0)
+    for text, status in ((NCU, 0), (NCU.split("for")[0], 0), (NCU + "exit 3", 3)):
+        (tmp_path / "ncu").write_text(text)
+        (tmp_path / "ncu").chmod(0o755)
+        found = gpu_counters.check(tmp_path, lambda: 99.0)
+        assert list(found) == ["cuda", "triton"]
+        if text == NCU:
+            assert found["cuda"] == {"dram__bytes_read.sum": 1.25, "dram__bytes_write.sum": 1.0}
+        else:
+            assert found["triton"] == f"not counted: exit {status}, see counters_triton.log"
+
+
 def test_a_wrong_result_is_not_timed():
     """NaN in a later result is an error, too: Python's max passes over it."""
     from contest import contest, errors, graded
