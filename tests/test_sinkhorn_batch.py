@@ -475,3 +475,22 @@ def test_memory_is_the_workspace_and_the_gradients(dtype):
     """[tokens, vocab] would be 131 MB in float32, for each model; of d weight nothing wider is kept."""
     above = in_a_process(_STEP, dtype)
     assert above <= 40 << 20, f"{above / 2**20:.0f} MiB above gradients and workspace"
+
+
+_SHORT_GROUPS = """
+import torch, kd_kernels as kd
+torch.set_num_threads(2)
+tokens, vocab = 8192, 1024
+student, teacher = torch.randn(tokens, vocab), torch.randn(tokens, vocab)
+kd.distill(student[:8], teacher[:8], kd.SinkhornBatch(), groups=torch.arange(8) // 4)  # libraries load
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+kd.distill(student, teacher, kd.SinkhornBatch(), groups=torch.arange(tokens) // 4)
+print(status("VmHWM") - before)
+"""
+
+
+def test_memory_of_short_groups_is_not_of_all_rows():
+    """A tile of the probabilities of all rows would be 65 MiB, for each thread."""
+    above = in_a_process(_SHORT_GROUPS)
+    assert above <= 24 << 20, f"{above / 2**20:.0f} MiB"

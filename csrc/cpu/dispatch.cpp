@@ -70,7 +70,7 @@ void half_step(const HalfStep& args) {
 }
 
 void pairwise_l1(const PairwiseL1& args, unsigned phases) {
-  if (args.n > 0) chosen().pairwise_l1(args, phases);
+  if (args.n > 0 && args.vocab > 0) chosen().pairwise_l1(args, phases);
 }
 
 void row_divergence(const RowDivergence& args, unsigned phases) {

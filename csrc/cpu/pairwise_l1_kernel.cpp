@@ -1,8 +1,13 @@
-// The pairwise_l1 kernel for one instruction set. A tile of the vocabulary, of all rows of both models, becomes
-// probabilities that lie in the L2 cache; small blocks of row pairs then go through it in registers. The vocabulary is
-// cut into sections, each one thread's, whose sums are added up in order; where those would take too much memory,
-// threads share a tile instead and take whole pairs, or whole rows of the gradient. No sum depends on their number.
+// The pairwise_l1 kernel for one instruction set. A tile of the vocabulary, of the rows of a few whole groups, becomes
+// probabilities, which the L2 cache holds up to some 120 rows; small blocks of row pairs then go through it in
+// registers. The vocabulary is cut into sections, each one thread's, whose sums are added up in order; where those
+// would take too much memory, threads share a tile instead and take whole pairs, or whole rows of the gradient. No sum
+// depends on their number.
+#include <omp.h>
+
 #include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "../pairwise_l1.h"
 #include "isa.h"
@@ -141,18 +146,16 @@ class Model : Strip<T> {
   Model(const Side& side, const double* statistics, const PairwiseL1& args)
       : Strip<T>(side, args.n, args.vocab), side_(side), statistics_(statistics) {}
 
-  static int64_t tile_width() { return kTile<T>; }
   bool wants_gradient() const { return side_.grad != nullptr; }
 
   // Returns how many entries are filled: whole segments, with zeros at the end.
-  int fill(int64_t row, int64_t v, T* tile) {
+  int fill(int64_t row, int64_t v, T* target) {
     if (row + 1 < this->n_) ask_for<0>(side_.logits, side_.dtype, side_.offsets[row + 1] + v, v);
     this->move_to(row);
     const int entries = this->load(side_, v, z_) * kLanes<T>;
     const V max(statistics_[row * kPairwiseColumns + kPairwiseMax]), inverse(1.0 / side_.temperature[row]);
     // Not exp(x - logz): that difference would round to a larger number's last digit.
     const V share(__builtin_exp(-statistics_[row * kPairwiseColumns + kPairwiseLogz]));
-    T* target = tile + row * kTileStride<T>;
     for (int at = 0; at < entries; at += V::kLanes)
       (exp((V::load(z_.at + at) - max) * inverse) * share).store(target + at);
     return entries;
@@ -162,11 +165,10 @@ class Model : Strip<T> {
     ask_for<1>(side_.grad, side_.grad_dtype, side_.grad_offsets[row] + v, v);
   }
 
-  // From the sums of signs, which it overwrites.
-  void store_gradient(int64_t row, int64_t v, int entries, const T* tile, double mean, bool live, T* sums) {
+  // From the row's probabilities and the sums of signs, which it overwrites.
+  void store_gradient(int64_t row, int64_t v, int entries, const T* p, double mean, bool live, T* sums) {
     this->move_to(row);
     if (side_.softcap != 0.0) this->load(side_, v, z_);
-    const T* p = tile + row * kTileStride<T>;
     const V means(mean), factor(side_.scale / side_.temperature[row]), zero(0.0);
     for (int at = 0; at < entries; at += V::kLanes) {
       const V gradient = V::load(p + at) * (V::load(sums + at) - means) * factor;
@@ -190,18 +192,44 @@ class Model : Strip<T> {
   Block<T> z_;
 };
 
+// Memory is taken before a team starts: what is thrown within one cannot leave it.
+struct Freed {
+  void operator()(void* at) const { std::free(at); }
+};
+
+template <class Number>
+std::unique_ptr<Number, Freed> owned(void* taken) {
+  if (!taken) throw std::bad_alloc();
+  return std::unique_ptr<Number, Freed>(static_cast<Number*>(taken));
+}
+
+// `pieces` times `size` numbers, which are whole cache lines.
+template <class T>
+std::unique_ptr<T, Freed> take(int64_t pieces, int64_t size) {
+  return owned<T>(std::aligned_alloc(64, static_cast<size_t>(pieces * size) * sizeof(T)));
+}
+
 template <class T>
 class PairwiseRunner {
  public:
-  PairwiseRunner(const PairwiseL1& args, unsigned phases, T* tiles)
+  // Of each model in a tile: about `few`, and no fewer than the longest group has.
+  static int64_t tile_rows(const PairwiseL1& args, int64_t few) {
+    const int64_t most = args.longest > few ? args.longest : few;
+    return most < args.n ? most : args.n;
+  }
+  static int64_t tile_size(int64_t rows) { return 2 * rows * kTileStride<T>; }
+  // For each other row of a block of own ones.
+  static int64_t weights_size(const PairwiseL1& args) { return (args.longest * kOwn / kLanes<T> + 1) * kLanes<T>; }
+
+  PairwiseRunner(const PairwiseL1& args, unsigned phases, int64_t rows, T* tile, T* weights)
       : args_(args),
         phases_(phases),
         student_(args.student, args.student_statistics, args),
         teacher_(args.teacher, args.teacher_statistics, args),
-        p_(tiles),
-        q_(tiles + args.n * kTileStride<T>),
-        weights_(static_cast<T*>(std::malloc((args.longest + 1) * kOwn * sizeof(T)))) {}
-  ~PairwiseRunner() { std::free(weights_); }
+        rows_(rows),
+        p_(tile),
+        q_(tile + rows * kTileStride<T>),
+        weights_(weights) {}
   PairwiseRunner(const PairwiseRunner&) = delete;
   PairwiseRunner& operator=(const PairwiseRunner&) = delete;
 
@@ -209,33 +237,44 @@ class PairwiseRunner {
   // shares the tiles and waits for all of it at the end of each loop over rows.
   template <bool kTeam>
   void run(int64_t first, int64_t last, double* cost, double* signs) {
-    const int64_t blocks = (args_.longest + kOwn - 1) / kOwn, items = args_.groups * blocks;
     for (int64_t v = first * kTile<T>; v < last * kTile<T> && v < args_.vocab; v += kTile<T>) {
-      const int64_t left = args_.vocab - v;
-      const int entries = static_cast<int>(left < kTile<T> ? (left + kLanes<T> - 1) / kLanes<T> * kLanes<T>
-                                                           : static_cast<int64_t>(kTile<T>));
-      each<kTeam>(2 * args_.n, [&](int64_t row) {
-        if (row < args_.n) {
-          student_.fill(row, v, p_);
-        } else {
-          teacher_.fill(row - args_.n, v, q_);
-        }
-      });
-      if (phases_ & kTerms)
-        each<kTeam>(items, [&](int64_t item) { add_terms(item / blocks, item % blocks * kOwn, entries, cost, signs); });
-      if ((phases_ & kGradient) == 0) continue;
-      each<kTeam>(2 * items, [&](int64_t item) {
-        const int64_t group = item / 2 / blocks, own = item / 2 % blocks * kOwn;
-        if (item % 2 == 0) {
-          write_gradient(student_, p_, q_, group, own, v, entries, args_.longest, 1, args_.student_means);
-        } else {
-          write_gradient(teacher_, q_, p_, group, own, v, entries, 1, args_.longest, args_.teacher_means);
-        }
-      });
+      for (int64_t group = 0, stop; group < args_.groups; group = stop) {
+        for (stop = group + 1; stop < args_.groups && args_.starts[stop + 1] - args_.starts[group] <= rows_;) ++stop;
+        run_groups<kTeam>(group, stop, v, cost, signs);
+      }
     }
   }
 
  private:
+  template <bool kTeam>
+  void run_groups(int64_t first, int64_t last, int64_t v, double* cost, double* signs) {
+    base_ = args_.starts[first];
+    const int64_t blocks = (args_.longest + kOwn - 1) / kOwn, items = (last - first) * blocks;
+    const int64_t rows = args_.starts[last] - base_, left = args_.vocab - v;
+    const int entries = static_cast<int>(left < kTile<T> ? (left + kLanes<T> - 1) / kLanes<T> * kLanes<T>
+                                                         : static_cast<int64_t>(kTile<T>));
+    each<kTeam>(2 * rows, [&](int64_t row) {
+      if (row < rows) {
+        student_.fill(base_ + row, v, p_ + row * kTileStride<T>);
+      } else {
+        teacher_.fill(base_ + row - rows, v, q_ + (row - rows) * kTileStride<T>);
+      }
+    });
+    if (phases_ & kTerms) {
+      each<kTeam>(items,
+                  [&](int64_t item) { add_terms(first + item / blocks, item % blocks * kOwn, entries, cost, signs); });
+    }
+    if ((phases_ & kGradient) == 0) return;
+    each<kTeam>(2 * items, [&](int64_t item) {
+      const int64_t group = first + item / 2 / blocks, own = item / 2 % blocks * kOwn;
+      if (item % 2 == 0) {
+        write_gradient(student_, p_, q_, group, own, v, entries, args_.longest, 1, args_.student_means);
+      } else {
+        write_gradient(teacher_, q_, p_, group, own, v, entries, 1, args_.longest, args_.teacher_means);
+      }
+    });
+  }
+
   template <bool kTeam, class Work>
   static void each(int64_t count, const Work& work) {
     if (kTeam) {
@@ -249,9 +288,9 @@ class PairwiseRunner {
   void add_terms(int64_t group, int64_t first, int entries, double* cost, double* signs) const {
     const int64_t start = args_.starts[group], stop = args_.starts[group + 1], count = stop - start;
     if (first >= count) return;
-    const RowBlock<T, kOwn> own(p_, start + first, stop);
+    const RowBlock<T, kOwn> own(p_, start - base_ + first, stop - base_);
     for (int64_t other = 0; other < count; other += kOthers) {
-      const RowBlock<T, kOthers> others(q_, start + other, stop);
+      const RowBlock<T, kOthers> others(q_, start - base_ + other, stop - base_);
       PairSums sums;
       (signs ? sum_pairs<T, true> : sum_pairs<T, false>)(own, others, entries, sums);
       for (int i = 0; i < kOwn && first + i < count; ++i) {
@@ -279,38 +318,34 @@ class PairwiseRunner {
       }
     }
     for (int i = 0; i < kOwn && first + i < count; ++i) model.expect_gradient(start + first + i, v);
-    sum_signs(RowBlock<T, kOwn>(own_tile, start + first, stop), other_tile + start * kTileStride<T>, weights_, count,
-              entries, sums_);
+    sum_signs(RowBlock<T, kOwn>(own_tile, start - base_ + first, stop - base_),
+              other_tile + (start - base_) * kTileStride<T>, weights_, count, entries, sums_);
     for (int i = 0; i < kOwn && first + i < count; ++i) {
       const int64_t row = start + first + i;
-      model.store_gradient(row, v, entries, own_tile, means[row], live[i], sums_ + i * kTile<T>);
+      model.store_gradient(row, v, entries, own_tile + (row - base_) * kTileStride<T>, means[row], live[i],
+                           sums_ + i * kTile<T>);
     }
   }
 
   const PairwiseL1& args_;
   const unsigned phases_;
   Model<T> student_, teacher_;
+  const int64_t rows_;
+  int64_t base_ = 0;  // the first row in the tile
   T *const p_, *const q_;
   T* const weights_;
   alignas(64) T sums_[kOwn * kTile<T>];
 };
 
 template <class T>
-struct Tiles {
-  explicit Tiles(int64_t n)
-      : at(static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(2 * n) * kTileStride<T> * sizeof(T)))) {}
-  ~Tiles() { std::free(at); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  T* const at;
-};
-
-template <class T>
 void run_shared(const PairwiseL1& args, unsigned phases, int64_t tiles, int threads) {
-  const Tiles<T> shared(args.n);
+  using Runner = PairwiseRunner<T>;
+  // Work enough for a team, which waits for all of it at the end.
+  const int64_t rows = Runner::tile_rows(args, 2048), each = Runner::weights_size(args);
+  const auto tile = take<T>(1, Runner::tile_size(rows)), weights = take<T>(threads, each);
 #pragma omp parallel num_threads(threads)
   {
-    PairwiseRunner<T> runner(args, phases, shared.at);
+    Runner runner(args, phases, rows, tile.get(), weights.get() + omp_get_thread_num() * each);
     runner.template run<true>(0, tiles, args.cost, args.signs);
   }
 }
@@ -319,10 +354,14 @@ void run_shared(const PairwiseL1& args, unsigned phases, int64_t tiles, int thre
 template <class T>
 void run_sections(const PairwiseL1& args, unsigned phases, int64_t tiles, int64_t sections, int64_t pairs, double* sums,
                   int threads) {
+  using Runner = PairwiseRunner<T>;
+  const int64_t rows = Runner::tile_rows(args, 64);  // of both models half a MiB
+  const int64_t size = Runner::tile_size(rows), each = Runner::weights_size(args);
+  const auto own = take<T>(threads, size), weights = take<T>(threads, each);
 #pragma omp parallel num_threads(threads)
   {
-    const Tiles<T> own(args.n);
-    PairwiseRunner<T> runner(args, phases, own.at);
+    const int thread = omp_get_thread_num();
+    Runner runner(args, phases, rows, own.get() + thread * size, weights.get() + thread * each);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t section = 0; section < sections; ++section) {
       double* cost = sums ? sums + 2 * section * pairs : nullptr;
@@ -349,11 +388,10 @@ void run(const PairwiseL1& args, unsigned phases) {
       static_cast<double>(args.n) * static_cast<double>(args.longest) * static_cast<double>(args.vocab);
   const int threads = differences < kSmall ? 1 : args.threads;
   if (2 * sections * pairs > kMostSums) return run_shared<T>(args, phases, tiles, threads);
-  double* sums = nullptr;
-  if (phases & kTerms)
-    sums = static_cast<double*>(std::calloc(static_cast<size_t>(2 * sections * pairs + 1), sizeof(double)));
-  run_sections<T>(args, phases, tiles, sections, pairs, sums, threads);
-  std::free(sums);
+  std::unique_ptr<double, Freed> sums;
+  if (phases & kTerms) sums = owned<double>(std::calloc(static_cast<size_t>(2 * sections * pairs + 1), sizeof(double)));
+  run_sections<T>(args, phases, tiles, sections, pairs, sums.get(),
+                  static_cast<int>(threads < sections ? threads : sections));
 }
 
 }  // namespace

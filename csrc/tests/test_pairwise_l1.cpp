@@ -1,5 +1,6 @@
 // The pairwise_l1 kernel against sums in double: all storage types, groups, slabs, threads, gradients in place.
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "../pairwise_l1.h"
@@ -167,7 +168,32 @@ void test_silence(Random& random) {
   }
 }
 
+// More groups than a tile has room for, whether each thread has a tile or all share one.
+void test_tiles(Random& random) {
+  std::vector<int64_t> starts{0};
+  for (int64_t group = 0; group < 60; ++group) starts.push_back(starts.back() + group % 5);
+  test(random, starts, 4, 1100, Dtype::float32, 0.0);
+  test(random, {0, 1000, 1001, 2050, 2060}, 1060, 5, Dtype::float64, 0.0);
+}
+
+// Before any row is read.
+void test_memory_that_is_not_there() {
+  kd::PairwiseL1 args;
+  args.n = args.longest = int64_t{1} << 30;
+  args.vocab = args.groups = 1;
+  args.threads = 3;
+  bool refused = false;
+  try {
+    kd::pairwise_l1(args, kd::kGradient);
+  } catch (const std::bad_alloc&) {
+    refused = true;
+  }
+  CHECK(refused, "8 TiB were there");
+}
+
 }  // namespace
+
+extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 
 int main() {
   Random random{42};
@@ -177,5 +203,7 @@ int main() {
     test(random, {0, 2}, 3, 3, dtype, 0.0);
   }
   test_silence(random);
+  test_tiles(random);
+  test_memory_that_is_not_there();
   return check::finish();
 }
