@@ -399,9 +399,13 @@ def test_what_append_refuses(tmp_path, monkeypatch):
 
 def test_a_damaged_cache_is_not_gone_on_with(path):
     """A writer reads what is there as a reader does."""
+    journal = (path / JOURNAL).read_bytes()
     raw(JOURNAL, lambda data: data.replace(b"6", b"7", 1))(path)
-    with pytest.raises(kd.CacheError, match=f"{JOURNAL}: the checksum of line 1"):
+    with pytest.raises(kd.CacheError, match=f"{JOURNAL}: the checksum of line 1") as caught:
         create(path)
+    (path / JOURNAL).write_bytes(journal)
+    with create(path) as writer:  # though the error, and what it was raised from, is still held
+        assert "a" in writer and caught.value is not None
 
 
 def test_every_field_is_written_as_it_is_read(path):

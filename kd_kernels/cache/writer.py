@@ -53,11 +53,11 @@ class CacheWriter:
         self._lock = _lock(journal_file(path, rank))
         self._committed: set[str] = set()
         self._shards, self._end = 0, 0
-        for journal in journals(path):
-            shards, end = read_journal(journal, manifest)
-            self._committed.update(sequence for shard in shards for sequence in shard.ids)
-            if journal == journal_file(path, rank):
-                self._shards, self._end = len(shards), end
+        try:
+            self._read_journals()
+        except BaseException:  # nobody gets a writer to close
+            os.close(self._lock)
+            raise
         self._forget()
         self._progress = Progress(f"{path.name}, sequences", total)
 
@@ -164,6 +164,13 @@ class CacheWriter:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _read_journals(self) -> None:
+        for journal in journals(self.path):
+            shards, end = read_journal(journal, self.manifest)
+            self._committed.update(sequence for shard in shards for sequence in shard.ids)
+            if journal == journal_file(self.path, self.rank):
+                self._shards, self._end = len(shards), end
 
     def _forget(self) -> None:
         self._pending: dict[str, int] = {}
