@@ -12,6 +12,7 @@ import torch
 from caches import FIELDS, SAMPLES, VOCAB, K, assert_same, create, records, teacher, write
 
 import kd_kernels as kd
+from kd_kernels.cache import manifest as manifests
 
 pytest.importorskip("pyarrow", reason="a teacher cache is made of Arrow files")
 
@@ -241,6 +242,30 @@ def test_several_processes(tmp_path):
     assert sorted(cache, key=int) == [str(i) for i in range(12)] and cache.unlisted() == []
     for i in range(12):
         assert_same(cache[i], teacher(3, i))
+
+
+def test_processes_of_one_id(tmp_path, monkeypatch):
+    """In containers: one begins its draft while the other's, just linked, is the manifest."""
+    write_durably, link = manifests.write_durably, os.link
+    ours, drafts, published = manifests.Manifest("toy", 97, 6, 1.0), [], []
+
+    def write_late(file, data):
+        drafts.append(file)
+        if len(drafts) == 1:
+            manifests.agree_on_manifest(tmp_path, ours)
+        write_durably(file, data)
+
+    def link_and_draft(draft, file):
+        link(draft, file)
+        drafts[0].write_bytes(b"")
+        published.append(manifests.read_manifest(tmp_path))
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(os, "link", link_and_draft)
+    monkeypatch.setattr(manifests, "write_durably", write_late)
+    manifests.agree_on_manifest(tmp_path, ours)
+    assert published == [ours] and len(drafts) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_one_rank_has_one_writer(tmp_path):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -155,7 +156,9 @@ def agree_on_manifest(path: Path, ours: Manifest) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise CacheError(f"{path}: a cache is a directory, and there is a file in its place") from None
-    file, draft = path / MANIFEST, path / f"{MANIFEST}.{os.getpid()}.part"
+    # Not by process id: containers that share a file system often have equal ones, and once linked a draft is
+    # the manifest.
+    file, draft = path / MANIFEST, path / f"{MANIFEST}.{uuid.uuid4().hex}.part"
     if not file.exists():
         write_durably(draft, seal(ours.to_json()) + b"\n")
         try:
