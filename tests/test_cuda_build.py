@@ -1,15 +1,18 @@
-"""The CUDA library as it is built and loaded, without a GPU: no kernel of it has run on one yet.
+"""The CUDA library as it is built and loaded, without a GPU.
 
 What its kernels compute is proved by csrc/tests/test_cuda_row_divergence.cpp, where threads of the host run
-their code; tests/test_gpu.py waits for a GPU.
+their code, and by tests/test_gpu*.py where there is a GPU.
 """
 
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ LIBRARY = native_cuda.LIBRARY
 built = pytest.mark.skipif(
     not LIBRARY.exists(), reason=f"{LIBRARY.name} was not built here: no nvcc, or KD_KERNELS_CUDA=off"
 )
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 RECORDED = json.loads(TABLE.read_text())
 TARGETS = ("sm_80", "sm_90", "sm_100")
 STORAGES = ("Float32", "Bfloat16", "Float16", "Mixed", "Wide")
@@ -204,14 +208,40 @@ def test_left_out_with_a_reason(tmp_path):
     assert none.returncode != 0 and "no working nvcc was found" in none.stderr
 
 
+@needs_nvcc
+def test_architectures_with_a_letter_bring_no_ptx(tmp_path):
+    """sm_90a runs on nothing newer; PTX of the newest of the others goes with them."""
+    done = configure(tmp_path, "-DKD_KERNELS_CUDA=on", "-DKD_KERNELS_CUDA_ARCHS=80;90a")
+    assert done.returncode == 0, done.stderr
+    asked = set(re.findall(r"arch=(\w+),code=\[?([\w,]+)", (tmp_path / "build.ninja").read_text()))
+    assert asked == {("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_80", "compute_80")}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_nvcc
+def test_a_wheel_holds_the_library(tmp_path):
+    """Of sm_90a alone, in a minute or two."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    environment = {**os.environ, "KD_KERNELS_CUDA": "on", "KD_KERNELS_CUDA_ARCHS": "90a", "PATH": SEARCH}
+    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as held:
+        library = held.extract(f"kd_kernels/{LIBRARY.name}", tmp_path)
+    assert set(compiled(Path(library))) == {"sm_90a"}
+
+
+@pytest.mark.slow
+@needs_nvcc
 def test_the_default_set_compiles_without_a_warning(tmp_path):
     """sm_80, sm_90, sm_100 and PTX; a warning or a spilled register is an error. Takes minutes."""
     done = configure(tmp_path, "-DKD_KERNELS_CUDA=on", "-DKD_KERNELS_CUDA_STRICT=ON")
     assert done.returncode == 0, done.stderr
+    began = time.monotonic()
     done = cmake("--build", str(tmp_path), "--target", "kd_kernels_cuda")
     assert done.returncode == 0, done.stdout[-3000:]
+    if (os.cpu_count() or 1) >= 2:
+        assert time.monotonic() - began < 360, "six minutes on two cores are what a build may take"
     (library,) = tmp_path.rglob(LIBRARY.name)
     found = compiled(library)
     assert set(found) == set(TARGETS)
