@@ -27,6 +27,8 @@ pytestmark = [
 DEVICE = "cuda"
 IDS = {"ids": lambda x: str(x).replace("torch.", "")}
 SMALL = {"workspace_bytes": 6 << 10}  # several chunks, the last one ragged
+# Kernels take seconds to compile: what they do in other types, tests of their own show.
+USUAL = [torch.float32, torch.bfloat16]
 WIDE = [torch.float32, torch.float64]
 
 
@@ -57,11 +59,11 @@ def as_on_the_cpu(call, given: dict, trained: tuple[str, ...], dtype: torch.dtyp
 # --- losses of a loop -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", WIDE, **IDS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses(name, dtype):
+def test_losses(name):
     loss = LOSSES[name]
-    as_on_the_cpu(loss.of, inputs(), loss.trained, dtype, 1e-9 if dtype == torch.float64 else 1e-4)
+    # To a tolerance of 1e-5: an iteration more or less may do.
+    as_on_the_cpu(loss.of, inputs(), loss.trained, torch.float32, 1e-4 if name == "sinkhorn" else 1e-5)
 
 
 def head(d: dict, side: str = "student", **shaping) -> kd.Head:
@@ -95,15 +97,14 @@ def given(batch: Batch) -> dict[str, Tensor]:
     return {**batch.tensors, "labels": batch.labels, "temperature": batch.temperature, "ids": ids}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("dtype", USUAL, **IDS)
 @pytest.mark.parametrize("name", LOGPROBS)
 def test_log_probabilities(name, dtype):
     call, trained = LOGPROBS[name]
     as_on_the_cpu(call, given(Batch()), trained, dtype, FLOOR[dtype])
 
 
-@pytest.mark.parametrize("dtype", WIDE, **IDS)
-def test_sinkd_of_uneven_groups(dtype):
+def test_sinkd_of_uneven_groups():
     """Tokens of one group apart from each other, one group of a single token, both models learning."""
     groups = torch.tensor([[0, 2, 0, 2, 2], [5, 0, 2, 0, 0], [0, 0, 7, 2, 0]])
 
@@ -111,12 +112,11 @@ def test_sinkd_of_uneven_groups(dtype):
         options = {"labels": d["labels"], "hard_weight": 0.4, "temperature": 1.7, "groups": d["groups"]}
         return kd.distill(head(d), head(d, "teacher"), kd.SinkhornBatch(), teacher_grad=True, **options)
 
-    floor = 1e-9 if dtype == torch.float64 else 1e-5
-    as_on_the_cpu(call, {**given(Batch()), "groups": groups}, BOTH, dtype, floor)
+    as_on_the_cpu(call, {**given(Batch()), "groups": groups}, BOTH, torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("missing, objective", PAIRS, ids=PAIR_IDS)
-@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("dtype", USUAL, **IDS)
 def test_sparse_teachers(missing, objective, dtype):
     """With ids that repeat and places unused."""
     batch = Batch(seed=2)
@@ -144,7 +144,7 @@ def there(source):
     return widened(source, source.tensors()[0].dtype, DEVICE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("dtype", USUAL, **IDS)
 @pytest.mark.parametrize("kind", ["mixed", "logits"])
 def test_scores(dtype, kind):
     """A student beside three teachers, or one; and how calibrated it is."""
@@ -187,7 +187,7 @@ def draws(found: kd.TopK, vocab: int) -> Tensor:
     return torch.zeros(len(ids), vocab, dtype=torch.int64).scatter_add_(1, ids.clamp(min=0), counts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("dtype", WIDE, **IDS)
 @pytest.mark.parametrize("kind", ["head", "logits"])
 def test_a_saved_teacher(kind, dtype):
     """Everything that linear_topk gives, in several chunks, at two temperatures."""
