@@ -85,16 +85,16 @@ def test_gradients_over_forty_chunks(dtype, monkeypatch):
 
 
 @pytest.fixture
-def large():
-    """Two models' logits, beyond 2^31 each: rows that begin at 2^31 - V, at 2^31 and last of all."""
+def room():
+    """For logits beyond 2^31, given back to the processes that test beside this one."""
     if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
         pytest.skip("needs 60 GiB of device memory")
+    yield
     torch.cuda.empty_cache()
-    yield logits_beyond(17000, 131072)
-    torch.cuda.empty_cache()  # other processes test beside this one
 
 
-def logits_beyond(tokens: int, vocab: int):
+def logits_beyond(tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of two models, and rows to look at: those that begin at 2^31 - V and at 2^31, and the last ones."""
     student = torch.randn(tokens, vocab, device=DEVICE, dtype=torch.bfloat16)
     border = 2**31 // vocab
     rows = torch.tensor([0, border - 1, border, border + 1, tokens - 2, tokens - 1]) % tokens
@@ -109,8 +109,8 @@ NAMED = [None, pytest.param("cuda", marks=needs_cuda_kernels)]
 
 
 @pytest.mark.parametrize("named", NAMED)
-def test_gradients_beyond_2_to_the_31_logits(large, named):
-    student, teacher, rows = large
+def test_gradients_beyond_2_to_the_31_logits(room, named):
+    student, teacher, rows = logits_beyond(17000, 131072)
     options = {"reduction": "none", "teacher_grad": True, "backend": named}
     upstream = torch.linspace(-1, 2, len(student), device=DEVICE)
     loss = kd.distill(student, teacher, kd.JensenShannon(0.3), **options)
@@ -124,9 +124,9 @@ def test_gradients_beyond_2_to_the_31_logits(large, named):
             assert error(mine, theirs) < 4e-3, row  # of bfloat16
 
 
-def test_other_walks_beyond_2_to_the_31_logits(large):
+def test_other_walks_beyond_2_to_the_31_logits(room):
     """Log-probabilities with their gradient, and the top K, of the same rows."""
-    logits, _, rows = large
+    logits, _, rows = logits_beyond(17000, 131072)
     ids = torch.randint(0, logits.shape[1], (len(logits), 3), device=DEVICE)
     logprobs, entropy = kd.linear_logprobs(logits, ids, entropy=True)
     (grad,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), logits)

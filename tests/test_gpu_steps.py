@@ -152,6 +152,7 @@ REPEATED = {
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_a_hundred_runs_are_bitwise_equal(name):
+    torch.use_deterministic_algorithms(False)  # with it torch's own sums repeat, whatever is called
     call = REPEATED[name](Inputs(TOKENS, VOCAB))
     first = call()
     assert all(x.any() and not x.isnan().any() for x in first if x.is_floating_point())
