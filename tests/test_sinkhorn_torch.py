@@ -7,6 +7,7 @@ from transport import BACKENDS, NAMES, Problems, agree, dense  # noqa: F401
 from watch import in_a_process
 
 import kd_kernels as kd
+from kd_kernels.drivers.ieee_products import ieee_products
 
 SHARED = pytest.mark.parametrize("shared", [False, True], ids=["own cost", "shared cost"])
 
@@ -155,6 +156,27 @@ def test_frozen(backend):
     found = kd.sinkhorn(torch.rand(3, 4), epsilon=0.1, backend=backend)
     with pytest.raises(AttributeError):
         found.value = 1
+
+
+def test_kinds_of_devices_overlap(monkeypatch):
+    """As of two threads. Until torch 2.9 one setting was theirs: neither may change it while the other
+    computes, nor leave behind what the other had set."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", None, raising=False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        first, second = (ieee_products(torch.device(kind)) for kind in ("cpu", "cuda"))
+        for step, expected in (
+            (first.__enter__, "highest"),
+            (second.__enter__, "highest"),
+            (lambda: first.__exit__(None, None, None), "highest"),
+            (lambda: second.__exit__(None, None, None), "medium"),
+        ):
+            step()
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- memory -------------------------------------------------------------------------------------------

@@ -7,8 +7,16 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+
+
+def _library(kind: str) -> Any:
+    """What has a setting of its own since torch 2.9, whose older one refuses to be mixed with it; or None."""
+    backend = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
+    library = getattr(backend, "matmul", None)
+    return library if hasattr(library, "fp32_precision") else None
 
 
 class _Guard:
@@ -19,18 +27,13 @@ class _Guard:
         self.before: object = None
 
     @contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
-        backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-        library = getattr(backend, "matmul", None)  # mkldnn's came with torch 2.9
-        # Since torch 2.9, whose older setting refuses to be mixed with it.
-        newer = hasattr(library, "fp32_precision")
+    def on(self, device: torch.device, library: Any) -> Iterator[None]:
         with self.lock:
-            if self.inside == 0:
-                self.before = library.fp32_precision if newer else torch.get_float32_matmul_precision()
-                if newer:
-                    library.fp32_precision = "ieee"
-                else:
-                    torch.set_float32_matmul_precision("highest")
+            if self.inside == 0 and library is not None:
+                self.before, library.fp32_precision = library.fp32_precision, "ieee"
+            elif self.inside == 0:
+                self.before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
             self.inside += 1
         try:
             with torch.autocast(device.type, enabled=False):
@@ -38,19 +41,20 @@ class _Guard:
         finally:
             with self.lock:
                 self.inside -= 1
-                if self.inside == 0 and newer:
+                if self.inside == 0 and library is not None:
                     library.fp32_precision = self.before
                 elif self.inside == 0:
                     torch.set_float32_matmul_precision(self.before)
 
 
-_guards = {kind: _Guard() for kind in ("cpu", "cuda")}
+# The older setting is one for both kinds of device.
+_guards = {name: _Guard() for name in ("cpu", "cuda", "older")}
 
 
 def _start_afresh() -> None:
     """A forked process has none of the threads that may be inside."""
-    for kind in _guards:
-        _guards[kind] = _Guard()
+    for name in _guards:
+        _guards[name] = _Guard()
 
 
 if hasattr(os, "register_at_fork"):
@@ -58,4 +62,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def ieee_products(device: torch.device) -> AbstractContextManager:
-    return _guards["cuda" if device.type == "cuda" else "cpu"].on(device)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    library = _library(kind)
+    return _guards["older" if library is None else kind].on(device, library)
