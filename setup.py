@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CUDA_LIBRARY = "libkd_kernels_cuda.so"  # built beside the extension, where nvcc is found
+CUDA_LIBRARY = "libkd_kernels_cuda.so"  # built beside the extension where KD_KERNELS_CUDA asks for it
 
 
 class CMakeBuild(build_ext):

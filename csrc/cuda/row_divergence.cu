@@ -1,5 +1,5 @@
 // The row kernels of one storage (KD_STORAGE, of storage.h) and direction (KD_TEACHER: the teacher's parts too),
-// for every objective. CMakeLists.txt compiles this file once for each.
+// for every objective. build.cmake compiles this file once for each.
 #include <type_traits>
 
 #include "device_thread.cuh"

@@ -1,5 +1,5 @@
 // The row kernel's body: rows of student and teacher logits in, divergence, statistics and gradients out;
-// row_divergence.h states the contract. Written against a `Thread` (device_thread.h; in the tests, a thread of
+// row_divergence.h states the contract. Written against a `Thread` (device_thread.cuh; in the tests, a thread of
 // the host), so that the very code of the kernels runs where there is no GPU.
 //
 // A row belongs to a cluster of blocks, each with a slice of the vocabulary; a cluster of one is a block. A thread

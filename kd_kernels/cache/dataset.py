@@ -63,9 +63,9 @@ class TeacherDataset(Dataset):
 class ResumableSampler(Sampler):
     """The order of an epoch, dealt out to ranks: no sequence twice, as many for every rank.
 
-    What does not divide by the number of ranks is left out of the epoch, another part each time. The order
-    depends on seed and epoch alone, so that ``set_position(epoch, consumed)`` goes on in the middle, with any
-    number of ranks.
+    What does not divide by the number of ranks is left out of the epoch: another part each time, without
+    ``shuffle`` the data set's last sequences. The order depends on seed and epoch alone, so that
+    ``set_position(epoch, consumed)`` goes on in the middle, with any number of ranks.
 
     Args:
         size: of the data set.

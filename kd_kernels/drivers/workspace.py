@@ -121,7 +121,8 @@ def _lease(size: int) -> type:
 
 
 def release_workspace() -> None:
-    """Free the memory that this thread keeps between calls: at most ``workspace_bytes`` of scratch memory,
-    and the last accumulator of a weight's gradient, if that had no more than 256 MiB."""
+    """Free the memory that this thread keeps between calls: at most ``workspace_bytes`` of scratch memory, or
+    after a Sinkhorn call with one cost for all problems up to 256 MiB whatever that is; and the last
+    accumulator of a weight's gradient, if that had no more than 256 MiB."""
     _store.buffer = None
     vars(_store).pop("returned", None)
