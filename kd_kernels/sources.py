@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
@@ -341,6 +341,28 @@ def _check_ids(owner: str, ids: object) -> None:
         raise TypeError(f"{owner}: ids must be integers (int64, int32 or int16), got {ids.dtype}")
     if ids.dim() < 1 or ids.shape[-1] == 0:
         raise ValueError(f"{owner}: ids must be [..., K] with K > 0, got shape {tuple(ids.shape)}")
+
+
+def target_of(saved: Any, missing: str, index: int) -> SparseTarget:
+    """The top-K of a ``TopK`` or a ``TeacherRecord``, at its ``index``-th temperature."""
+    many = isinstance(saved.temperature, tuple)
+    temperatures = saved.temperature if many else (saved.temperature,)
+    if not 0 <= index < len(temperatures):
+        raise ValueError(
+            f"index must be one of the {len(temperatures)} temperatures that were saved, counted from 0; got "
+            f"{index}"
+        )
+    lse, tail = (x[..., index] if many else x for x in (saved.lse, saved.log_tail_mass))
+    logprobs = saved.logits.to(lse.dtype) / temperatures[index] - lse[..., None]
+    return SparseTarget(
+        saved.ids, logprobs, missing, temperatures[index], tail if missing == "tail" else None
+    )
+
+
+def sampled_of(ids: Tensor, counts: Tensor, temperature: Union[float, tuple[float, ...]]) -> SparseTarget:
+    """Saved draws, which were made at the first temperature."""
+    first = temperature[0] if isinstance(temperature, tuple) else temperature
+    return SparseTarget.from_samples(ids, counts, first)
 
 
 Source = Union[Head, Logits]

@@ -21,7 +21,7 @@ from kd_kernels.arguments import (
     shaping,
 )
 from kd_kernels.ops.topk import linear_topk as _op
-from kd_kernels.sources import Source, SparseTarget, as_source, shown
+from kd_kernels.sources import Source, SparseTarget, as_source, sampled_of, shown, target_of
 
 
 class TopK(NamedTuple):
@@ -65,22 +65,7 @@ class TopK(NamedTuple):
         Raises:
             ValueError: no such temperature; an unknown ``missing``; ``k`` was 0.
         """
-        many = not isinstance(self.temperature, float)
-        temperatures = self.temperature if many else (self.temperature,)
-        if not 0 <= index < len(temperatures):
-            raise ValueError(
-                f"index must be one of the {len(temperatures)} temperatures of the call, counted from 0; got "
-                f"{index}"
-            )
-        temperature = temperatures[index]
-        lse, tail = (x[..., index] if many else x for x in (self.lse, self.log_tail_mass))
-        return SparseTarget(
-            self.ids,
-            self.logits / temperature - lse[..., None],
-            missing,
-            temperature,
-            tail if missing == "tail" else None,
-        )
+        return target_of(self, missing, index)
 
     def sampled(self) -> SparseTarget:
         """The draws as a teacher for :func:`distill`, at the first temperature. A token without draws teaches
@@ -91,8 +76,7 @@ class TopK(NamedTuple):
         """
         if self.sample_ids is None:
             raise ValueError("there are no draws: linear_topk(..., samples=50)")
-        temperature = self.temperature if isinstance(self.temperature, float) else self.temperature[0]
-        return SparseTarget.from_samples(self.sample_ids, self.sample_counts, temperature)
+        return sampled_of(self.sample_ids, self.sample_counts, self.temperature)
 
 
 class Ranks(NamedTuple):

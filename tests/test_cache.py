@@ -61,6 +61,13 @@ def test_float16(tmp_path):
             gap = (exact.logprobs[:, :1] - exact.logprobs).abs()
             assert ((ours.logprobs - exact.logprobs).abs() <= gap / 2000 + 4e-6).all()
             assert torch.equal(ours.log_tail_mass, exact.log_tail_mass)
+        ours, exact = found.sampled(), record.sampled()
+        assert ours.temperature == exact.temperature == 1.0
+        assert torch.equal(ours.ids, exact.ids) and torch.equal(ours.logprobs, exact.logprobs)
+        with pytest.raises(
+            ValueError, match="one of the 2 temperatures that were saved, counted from 0; got 2"
+        ):
+            found.target(index=2)
 
 
 @pytest.mark.parametrize("missing", ["tail", "teacher_renorm", "renorm_both"])

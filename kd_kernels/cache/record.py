@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.cache.draws import Draws
-from kd_kernels.sources import SparseTarget
+from kd_kernels.sources import SparseTarget, sampled_of, target_of
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,7 @@ class TeacherRecord:
         """
         if self.ids is None:
             raise ValueError("this cache holds draws and no top-K (k = 0): use sampled()")
-        many = isinstance(self.temperature, tuple)
-        temperatures = self.temperature if many else (self.temperature,)
-        if not 0 <= index < len(temperatures):
-            raise ValueError(
-                f"index must be one of the cache's {len(temperatures)} temperatures, counted from 0; got "
-                f"{index}"
-            )
-        lse, tail = (x[..., index] if many else x for x in (self.lse, self.log_tail_mass))
-        logprobs = self.logits.to(lse.dtype) / temperatures[index] - lse[..., None]
-        return SparseTarget(
-            self.ids, logprobs, missing, temperatures[index], tail if missing == "tail" else None
-        )
+        return target_of(self, missing, index)
 
     def sampled(self) -> SparseTarget:
         """The draws as a teacher for :func:`kd_kernels.distill`, at the first temperature.
@@ -74,9 +63,7 @@ class TeacherRecord:
         """
         if self.draws is None:
             raise ValueError("this cache holds no draws (samples = 0): use target()")
-        many = isinstance(self.temperature, tuple)
-        temperature = self.temperature[0] if many else self.temperature
-        return SparseTarget.from_samples(*self.draws.padded(), temperature)
+        return sampled_of(*self.draws.padded(), self.temperature)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherRecord:
         return _each(self, lambda x: x.to(device, non_blocking=non_blocking))
