@@ -39,6 +39,11 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
 
 
+def check_vocab(vocab: str) -> None:
+    if vocab not in ("error", "truncate"):
+        raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
+
+
 def check_backend(backend: Optional[str]) -> None:
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {backend!r}")

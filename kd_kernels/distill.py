@@ -14,6 +14,7 @@ from kd_kernels.arguments import (
     autocast_dtype,
     check_resources,
     check_sources,
+    check_vocab,
     count,
     detached,
     is_number,
@@ -30,7 +31,7 @@ from kd_kernels.objectives import Objective, SinkhornBatch, SortedWasserstein
 from kd_kernels.ops.known_gradient import known_gradient
 from kd_kernels.ops.row_divergence import row_divergence
 from kd_kernels.regather import gathers_of, regathering_row_divergence
-from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher
+from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher, result_dtype
 
 __all__ = ["BackendUnavailable", "DistillationLoss", "Parts", "distill", "next_token_labels"]
 
@@ -147,7 +148,7 @@ def distill(
     if sparse:
         hot = temperature if teacher_temperature is None else teacher_temperature
         _check_sparse(objective, teacher, hot, teacher_grad)
-        teacher = teacher.constant(student.tensors()[0].dtype)
+        teacher = teacher.constant(result_dtype(student.tensors()[0]))
         named = (saveable(teacher.ids), saveable(teacher.log_tail_mass), teacher.missing)
     elif not teacher_grad:
         teacher = detached(teacher)
@@ -321,8 +322,7 @@ def _check_options(objective: Objective, reduction: str, num_items: Optional[Sca
             raise ValueError(f"num_items must be > 0, got {num_items.item()}")
     elif num_items is not None and not num_items > 0:
         raise ValueError(f"num_items must be > 0, got {num_items}")
-    if vocab not in ("error", "truncate"):
-        raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
+    check_vocab(vocab)
 
 
 def _check_sparse(

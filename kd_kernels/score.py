@@ -12,6 +12,7 @@ from kd_kernels.arguments import (
     autocast_dtype,
     check_resources,
     check_sources,
+    check_vocab,
     count,
     detached,
     per_token,
@@ -143,8 +144,7 @@ def score(
     names = ["teacher"] if len(teachers) == 1 else [f"teacher {i}" for i in range(len(teachers))]
     sources += [as_source(name, teacher) for name, teacher in zip(names, teachers)]
     refuse_transforms("kd_kernels.score", *(x for source in sources for x in source.tensors()))
-    if vocab not in ("error", "truncate"):
-        raise ValueError(f'vocab must be "error" or "truncate", got {vocab!r}')
+    check_vocab(vocab)
     check_resources(ignore_index, backend, workspace_bytes, logits_dtype)
     for name, other in zip(["student", *names], sources):
         check_sources(sources[0], other, vocab, name)

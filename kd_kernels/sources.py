@@ -313,13 +313,12 @@ class SparseTarget(Shown):
                 f"teacher_temperature={self.temperature}, record it at the temperature wanted, or renormalise"
             )
 
-    def constant(self, student: torch.dtype) -> SparseTarget:
-        """The target detached, in the dtype that the loss of a student of dtype ``student`` has."""
-        wide = torch.float64 if student == torch.float64 else torch.float32
+    def constant(self, dtype: torch.dtype) -> SparseTarget:
+        """The target detached, its log-probabilities in ``dtype``."""
         ids = self.ids.detach().to(torch.int64)
         return SparseTarget(
             torch.where(ids == _IGNORED, -1, ids),
-            self.logprobs.detach().to(wide),
+            self.logprobs.detach().to(dtype),
             self.missing,
             self.temperature,
             None if self.log_tail_mass is None else self.log_tail_mass.detach(),

@@ -21,7 +21,7 @@ from kd_kernels.arguments import (
     shaping,
 )
 from kd_kernels.ops.topk import linear_topk as _op
-from kd_kernels.sources import Source, SparseTarget, as_source, sampled_of, shown, target_of
+from kd_kernels.sources import Source, SparseTarget, as_source, result_dtype, sampled_of, shown, target_of
 
 
 class TopK(NamedTuple):
@@ -160,7 +160,7 @@ def linear_topk(
         logits_dtype,
         workspace_bytes,
     )
-    dtype = torch.float64 if source.tensors()[0].dtype == torch.float64 else torch.float32
+    dtype = result_dtype(source.tensors()[0])
 
     def column(which: int) -> Tensor:
         per_temperature = statistics[:, R.topk_column(which) :: 3]
