@@ -20,7 +20,7 @@ struct Points {
 };
 
 // What one vertex gives to s_ij, summed over k.
-struct Sums {
+struct VertexSums {
   V inverse, along;  // slope r_ik, slope cos
 };
 
@@ -64,7 +64,7 @@ class AngleRunner {
     if (kTeacher) clear(teacher_, first, rows);
     for (int64_t i = 0; i < args_.n; ++i) {
       V s_ij[rows], t_ij[rows], s_half[rows], t_half[rows];
-      Sums student[rows], teacher[rows];
+      VertexSums student[rows], teacher[rows];
       for (int j = 0; j < rows; ++j) {
         const int64_t at = i * ld + first + j;
         s_ij[j] = V(student_.squared[at]);
@@ -98,7 +98,7 @@ class AngleRunner {
     for (int64_t at = first * args_.ld; at < (first + rows) * args_.ld; ++at) points.grad[at] = 0.0;
   }
 
-  KD_INLINE static void add(const Points& points, Sums& sums, V slope, V cosine, V half, V r, int64_t at) {
+  KD_INLINE static void add(const Points& points, VertexSums& sums, V slope, V cosine, V half, V r, int64_t at) {
     const V weighted = slope * r;
     sums.inverse = sums.inverse + weighted;
     sums.along = fma(slope, cosine, sums.along);
@@ -106,7 +106,7 @@ class AngleRunner {
   }
 
   // To s_ji: r_ij (sum of slope r_ik) - r_ij^2 (sum of slope cos).
-  void add_vertex(const Points& points, const Sums* sums, int64_t first, int rows, int64_t i) const {
+  void add_vertex(const Points& points, const VertexSums* sums, int64_t first, int rows, int64_t i) const {
     for (int j = 0; j < rows; ++j) {
       const double r = points.inverse[i * args_.ld + first + j];
       points.grad[(first + j) * args_.ld + i] += r * (sum_lanes(sums[j].inverse) - r * sum_lanes(sums[j].along));

@@ -115,26 +115,11 @@ class GatherRunner : Strip<T> {
     }
     for (int i = 0; i < tokens_; ++i) {
       double* row = statistics(token(i));
-      reduce_sums(i, row[kOthersMax], row[kOthersLogz], row[kOthersLogzHard]);
+      reduce(online_, lanes_.side, i, tempered_, -kInfinity<double>, row[kOthersMax], row[kOthersLogz],
+             row[kOthersLogzHard]);
       row[kOthersMean] = 0.0;
     }
     if (args_.means) means_pass();
-  }
-
-  void reduce_sums(int token, double& max, double& logz, double& logz_hard) const {
-    const int begin = row_major_ ? 0 : token, end = row_major_ ? kLanes<T> : token + 1;
-    max = -kInfinity<double>;
-    for (int i = begin; i < end; ++i) max = online_.max.at[i] > max ? static_cast<double>(online_.max.at[i]) : max;
-    const double inverse_temperature = static_cast<double>(lanes_.side.inverse_temperature.at[begin]);
-    double soft = 0.0, hard = 0.0;
-    for (int i = begin; i < end; ++i) {
-      if (online_.soft[i] == 0.0) continue;  // a lane of nothing but -inf
-      const double step = static_cast<double>(online_.max.at[i]) - max;
-      soft += online_.soft[i] * (step == 0.0 ? 1.0 : __builtin_exp(step * inverse_temperature));
-      hard += online_.hard[i] * (step == 0.0 ? 1.0 : __builtin_exp(step));
-    }
-    logz = soft == 0.0 ? -kInfinity<double> : __builtin_log(soft);
-    logz_hard = !tempered_ ? logz : hard == 0.0 ? -kInfinity<double> : __builtin_log(hard);
   }
 
   // Rows without others get numbers in which every share is 0.

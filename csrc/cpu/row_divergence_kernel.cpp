@@ -164,8 +164,10 @@ class StripRunner : Strip<T> {
     for (int i = 0; i < tokens_; ++i) {
       double* row = statistics(token(i));
       double unused;
-      reduce_statistics(online_student_, student_, i, hard, row[kMaxStudent], row[kLogzStudent], row[kLogzHard]);
-      reduce_statistics(online_teacher_, teacher_, i, false, row[kMaxTeacher], row[kLogzTeacher], unused);
+      // A row without a finite logit has no distribution.
+      constexpr double kNone = kNaN<double>;
+      reduce(online_student_, student_, i, hard, kNone, row[kMaxStudent], row[kLogzStudent], row[kLogzHard]);
+      reduce(online_teacher_, teacher_, i, false, kNone, row[kMaxTeacher], row[kLogzTeacher], unused);
     }
   }
 
@@ -174,26 +176,6 @@ class StripRunner : Strip<T> {
     const int64_t at = label_[i] - v;
     if (label_[i] < v || at >= block_width()) return nullptr;
     return block + entry(label_[i], v, i);
-  }
-
-  void reduce_statistics(const OnlineSum<T>& online, const SideLanes<T>& side, int token, bool hard, double& max,
-                         double& logz, double& logz_hard) const {
-    const int begin = row_major_ ? 0 : token, end = row_major_ ? kLanes<T> : token + 1;
-    max = -kInfinity<double>;
-    for (int i = begin; i < end; ++i) max = online.max.at[i] > max ? static_cast<double>(online.max.at[i]) : max;
-    const double inverse_temperature = static_cast<double>(side.inverse_temperature.at[begin]);
-    double soft_sum = 0.0, hard_sum = 0.0;
-    for (int i = begin; i < end; ++i) {
-      // A lane of nothing but -inf; a NaN among them makes its sum NaN, not 0.
-      if (online.soft[i] == 0.0) continue;
-      const double step = static_cast<double>(online.max.at[i]) - max;
-      soft_sum += online.soft[i] * (step == 0.0 ? 1.0 : __builtin_exp(step * inverse_temperature));
-      if (hard) hard_sum += online.hard[i] * (step == 0.0 ? 1.0 : __builtin_exp(step));
-    }
-    // A sum of 0 is a row without a finite logit, which has no distribution.
-    const double nan = kNaN<double>;
-    logz = soft_sum == 0.0 ? nan : __builtin_log(soft_sum);
-    logz_hard = !hard ? logz : hard_sum == 0.0 ? nan : __builtin_log(hard_sum);
   }
 
   void read_statistics() {

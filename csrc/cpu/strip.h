@@ -81,6 +81,25 @@ class Strip {
     return total;
   }
 
+  // A token's maximum and log-sums, `none` where nothing is finite; without `hard` both sums are the first.
+  void reduce(const OnlineSum<T>& online, const SideLanes<T>& side, int token, bool hard, double none, double& max,
+              double& logz, double& logz_hard) const {
+    const int begin = row_major_ ? 0 : token, end = row_major_ ? kLanes<T> : token + 1;
+    max = -kInfinity<double>;
+    for (int i = begin; i < end; ++i) max = online.max.at[i] > max ? static_cast<double>(online.max.at[i]) : max;
+    const double inverse_temperature = static_cast<double>(side.inverse_temperature.at[begin]);
+    double soft_sum = 0.0, hard_sum = 0.0;
+    for (int i = begin; i < end; ++i) {
+      // A lane of nothing but -inf; a NaN among them makes its sum NaN, not 0.
+      if (online.soft[i] == 0.0) continue;
+      const double step = static_cast<double>(online.max.at[i]) - max;
+      soft_sum += online.soft[i] * (step == 0.0 ? 1.0 : __builtin_exp(step * inverse_temperature));
+      if (hard) hard_sum += online.hard[i] * (step == 0.0 ? 1.0 : __builtin_exp(step));
+    }
+    logz = soft_sum == 0.0 ? none : __builtin_log(soft_sum);
+    logz_hard = !hard ? logz : hard_sum == 0.0 ? none : __builtin_log(hard_sum);
+  }
+
   const bool row_major_;
   const int64_t n_, vocab_;
   int64_t first_ = 0;  // token of the strip

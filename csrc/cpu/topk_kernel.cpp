@@ -5,6 +5,7 @@
 
 #include "../topk.h"
 #include "isa.h"
+#include "lanes.h"
 #include "strip.h"
 
 namespace kd {
@@ -28,19 +29,15 @@ KD_INLINE T largest(const T* z, int entries) {
   using V = Vec<T>;
   V max(-kInfinity<double>);
   for (int at = 0; at < entries; at += V::kLanes) max = max_or_second(V::load(z + at), max);
-  T lanes[V::kLanes];
-  max.store(lanes);
-  T result = lanes[0];
-  for (int i = 1; i < V::kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
-  return result;
+  return largest_lane(max);
 }
 
 // Sums of e^x and e^x x over entries, x = (z - reference) / temperature, brought along as the reference rises.
-struct Sums {
+struct Moments {
   double mass = 0.0, first = 0.0;
 
   // The same relative to a reference that is `step` (<= 0, over the temperature) away.
-  Sums moved(double step) const {
+  Moments moved(double step) const {
     if (step == 0.0 || mass == 0.0) return *this;
     const double factor = __builtin_exp(step);
     return {mass * factor, factor == 0.0 ? 0.0 : (first + mass * step) * factor};
@@ -50,7 +47,7 @@ struct Sums {
     mass += e;
     if (e != 0.0) first += e * x;
   }
-  Sums operator+(const Sums& other) const { return {mass + other.mass, first + other.first}; }
+  Moments operator+(const Moments& other) const { return {mass + other.mass, first + other.first}; }
 };
 
 template <class T>
@@ -127,7 +124,7 @@ class TopkRunner : Strip<T> {
         args_(args),
         blocks_((args.vocab + block_width() - 1) / block_width()),
         heap_(args.k),
-        tail_(static_cast<Sums*>(std::malloc(args.temperature_count * sizeof(Sums)))),
+        tail_(static_cast<Moments*>(std::malloc(args.temperature_count * sizeof(Moments)))),
         block_mass_(static_cast<double*>(std::malloc((blocks_ + 1) * 2 * sizeof(double)))) {}
   ~TopkRunner() {
     std::free(tail_);
@@ -143,7 +140,7 @@ class TopkRunner : Strip<T> {
     evicted_count_ = 0;
     top_ = tail_top_ = -kInfinity<T>;
     nan_ = false;
-    for (int64_t i = 0; i < args_.temperature_count; ++i) tail_[i] = Sums();
+    for (int64_t i = 0; i < args_.temperature_count; ++i) tail_[i] = Moments();
     read_targets();
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t v = block * block_width();
@@ -252,7 +249,7 @@ class TopkRunner : Strip<T> {
         mass = mass + e;
         first = first + select(e == zero, zero, e * x);
       }
-      tail_[i] = tail_[i] + Sums{total(mass), total(first)};
+      tail_[i] = tail_[i] + Moments{total(mass), total(first)};
     }
   }
 
@@ -274,10 +271,10 @@ class TopkRunner : Strip<T> {
     for (int64_t i = 0; i < args_.temperature_count; ++i) {
       double* row = statistics(i);
       const double inverse = 1.0 / args_.temperatures[i];
-      const Sums tail = tail_top_ == -kInfinity<T> ? Sums() : tail_[i].moved((tail_top - top) * inverse);
-      Sums best;
+      const Moments tail = tail_top_ == -kInfinity<T> ? Moments() : tail_[i].moved((tail_top - top) * inverse);
+      Moments best;
       for (int64_t j = 0; j < heap_.size(); ++j) best.add((static_cast<double>(heap_[j].z) - top) * inverse);
-      const Sums all = tail + best;
+      const Moments all = tail + best;
       const double log_mass = __builtin_log(all.mass);
       row[kTopkLse] = nan_ ? kNaN<double> : top * inverse + log_mass;
       row[kTopkEntropy] = nan_ ? kNaN<double> : log_mass - all.first / all.mass;
@@ -359,7 +356,7 @@ class TopkRunner : Strip<T> {
   const int64_t blocks_;
   int64_t row_ = 0;
   Heap<T> heap_;
-  Sums* tail_;          // [M]
+  Moments* tail_;       // [M]
   double* block_mass_;  // [blocks, 2]
   T top_, tail_top_;
   bool nan_ = false;
