@@ -10,6 +10,12 @@ import bench_sorted
 import bench_sparse
 from registry import Bench
 
+# Over the tables in the terminal, by result file.
+TITLES = {
+    "head": "Distillation step from hidden states, forward and backward",
+    "rows": "Row kernel alone: logits in, loss and gradient out",
+}
+
 BENCHES: tuple[Bench, ...] = (
     bench_sparse.BENCH,
     bench_cache.BENCH,
@@ -18,3 +24,4 @@ BENCHES: tuple[Bench, ...] = (
     bench_sinkhorn.BENCH,
     bench_sinkhorn_batch.BENCH,
 )
+TITLES.update((bench.name, bench.title) for bench in BENCHES)

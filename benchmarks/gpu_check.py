@@ -40,16 +40,15 @@ import gpu_cuda  # noqa: E402
 import gpu_profile  # noqa: E402
 import report  # noqa: E402
 import torch  # noqa: E402
-from benches import BENCHES  # noqa: E402
+from benches import BENCHES, TITLES  # noqa: E402
 from processes import within  # noqa: E402
-from record import Row, clocks, git_state, versions  # noqa: E402
+from record import Row, clocks, git_state, read_all, versions  # noqa: E402
 from registry import Bench  # noqa: E402
 from workloads import GPU_HEAD, GPU_ROWS, Shape  # noqa: E402
 
 from kd_kernels import native_cuda  # noqa: E402
 
-FOR_THE_REST = 100.0  # seconds that the tests leave to what comes after them
-PER_CASE = 25.0  # seconds that a case may take: none is begun with less left
+FOR_THE_REST = 200.0  # seconds that the tests leave to what comes after them
 
 
 class Clock:
@@ -79,7 +78,7 @@ def build(log: Path) -> Optional[str]:
 def tests(log: Path, seconds: float) -> str:
     """The last line that pytest says; the log names what failed as it fails, also where time runs out."""
     where = ROOT / "tests"
-    files = map(str, (where / "test_waits.py", *sorted(where.glob("test_gpu_*.py")), where / "test_gpu.py"))
+    files = map(str, (where / "test_waits.py", where / "test_gpu.py", *sorted(where.glob("test_gpu_*.py"))))
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "--tb=short", *files]
     if importlib.util.find_spec("xdist") is not None:  # most of the time is spent compiling
         command += ["-n", str(min(12, os.cpu_count() or 1))]
@@ -98,6 +97,7 @@ class Measurement:
     name: str  # of its result file
     what: str
     run: Callable[..., list[Row]]  # (results, rounds=, ...)
+    seconds: float = 25.0  # that it may take: it is not begun with less left
     rounds: int = 10
 
 
@@ -107,34 +107,27 @@ def head(shape: Shape, objective: str) -> Measurement:
 
 
 def rows(shape: Shape, *objectives: str) -> Measurement:
-    run = partial(bench_rows.run, shape=shape, only=objectives)
+    run = partial(bench_rows.run, shape=shape, dtypes=("bf16", "fp32"), only=objectives)
     return Measurement("rows", f"rows {shape.label} {', '.join(objectives)}", run, rounds=20)
 
 
-def bench(chosen: Bench, dtype: str = "fp32") -> Measurement:
+def bench(chosen: Bench, seconds: float, dtype: str = "fp32") -> Measurement:
     run = partial(chosen.run, sizes="gpu", dtypes=(dtype,))
-    return Measurement(chosen.name, f"{chosen.name} {dtype}", run)
+    return Measurement(chosen.name, f"{chosen.name} {dtype}", run, seconds)
 
 
 # Most telling first.
 MEASUREMENTS = (
     head(*GPU_HEAD[0]),
     rows(GPU_ROWS[0], "forward_kl", "jensen_shannon"),
-    bench(bench_sparse.BENCH, "bf16"),
-    bench(bench_sinkhorn.BENCH),
-    bench(bench_sinkhorn_batch.BENCH),
+    bench(bench_sparse.BENCH, 50.0, "bf16"),
+    bench(bench_sinkhorn.BENCH, 50.0),
+    bench(bench_sinkhorn_batch.BENCH, 40.0),
     *(head(shape, objective) for shape, objective in GPU_HEAD[1:]),
     *(rows(shape, "forward_kl") for shape in GPU_ROWS[1:]),
-    bench(bench_relational.BENCH),
-    bench(bench_sorted.BENCH),
+    bench(bench_relational.BENCH, 80.0),
+    bench(bench_sorted.BENCH, 40.0),
 )
-
-
-TITLES = {
-    "head": "Distillation step from hidden states, forward and backward",
-    "rows": "Row kernel alone: logits in, loss and gradient out",
-    **{one.name: one.title for one in BENCHES},
-}
 
 
 def text(name: str, found: list[Row]) -> str:
@@ -144,6 +137,14 @@ def text(name: str, found: list[Row]) -> str:
         return report.rows_text(found)
     (chosen,) = (one for one in BENCHES if one.name == name)
     return report.aligned(chosen.header, chosen.lines(found))
+
+
+def tried(section: Callable[[], object]) -> tuple[object, Optional[str]]:
+    """What it gives, and what it died of: the other sections must still run."""
+    try:
+        return section(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def write(out: Path, summary: dict[str, object]) -> None:
@@ -175,37 +176,33 @@ def main() -> int:
     if not options.no_tests:
         summary["tests"] = tests(options.out / "tests.log", clock.left - FOR_THE_REST)
         print(f"pytest -m gpu: {summary['tests']}", flush=True)
-    found: dict[str, list[Row]] = {}
     left_out = []
     common = {"threads": torch.get_num_threads(), "reject": False, "device": "cuda"}
     for one in MEASUREMENTS:
         if options.only is not None and not re.search(options.only, one.what):
             continue
-        if clock.left < PER_CASE:
+        if clock.left < one.seconds:
             left_out.append(f"{one.what}: no time left")
             continue
-        try:
-            found.setdefault(one.name, []).extend(one.run(options.out, rounds=one.rounds, **common))
-        except Exception as error:  # the other sections must still run
-            left_out.append(f"{one.what}: {type(error).__name__}: {error}".splitlines()[0][:300])
-    try:
-        summary["profile"] = gpu_profile.check() if clock.left > PER_CASE else "no time left"
-    except Exception as error:
-        left_out.append(f"profile: {type(error).__name__}: {error}".splitlines()[0][:300])
+        _, reason = tried(partial(one.run, options.out, rounds=one.rounds, **common))
+        if reason is not None:
+            left_out.append(f"{one.what}: {reason}")
     summary["left out"] = left_out
     write(options.out, summary)  # should what follows be stopped from outside
-    try:
-        summary["cuda"] = gpu_cuda.check(options.out, lambda: clock.left)
-    except Exception as error:
-        summary["cuda"] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    try:
-        summary["bytes moved, over the least"] = gpu_counters.check(options.out, lambda: clock.left)
-    except Exception as error:
-        summary["bytes moved, over the least"] = f"failed: {type(error).__name__}: {error}"[:300]
+    sections = {
+        "profile": lambda: gpu_profile.check() if clock.left > 25.0 else "no time left",
+        "cuda": lambda: gpu_cuda.check(options.out, lambda: clock.left),
+        "bytes moved, over the least": lambda: gpu_counters.check(options.out, lambda: clock.left),
+    }
+    for what, section in sections.items():
+        found, reason = tried(section)
+        summary[what] = found if reason is None else {"failed": reason}
+        write(options.out, summary)
     summary["clocks after"] = clocks()
     write(options.out, summary)
-    for name, measured in found.items():
-        print(f"\n{TITLES[name]}\n\n{text(name, measured)}\n")
+    for files in read_all(options.out).values():
+        for name, found in files.items():
+            print(f"\n{TITLES[name]}\n\n{text(name, found)}\n")
     print(json.dumps(summary, indent=1))
     passed = str(summary.get("tests", "exit 0")).startswith("exit 0") and not summary["cuda"].get("failed")
     return 0 if passed else 1

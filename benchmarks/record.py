@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -81,24 +82,32 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def clocks() -> str:
-    """Driver, clocks and power of the GPU, now."""
+    """Driver, clocks and power of the GPU, ten seconds ago at most."""
+    return _clocks(int(time.monotonic()) // 10)
+
+
+@functools.cache
+def _clocks(moment: int) -> str:
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     try:
         told = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
             capture_output=True, text=True, check=True,
-        ).stdout.split(",")  # fmt: skip
+        ).stdout.splitlines()[0].split(",")  # fmt: skip
         driver, sm, memory, most, power, celsius = (x.strip() for x in told[:6])
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, IndexError, subprocess.CalledProcessError) as error:
         return f"clocks not known ({error})"
     return f"driver {driver}, {sm} of {most}, memory {memory}, {power}, {celsius} C"
 
 
 @functools.cache
+def _here() -> Row:
+    return {"versions": versions(), "git": git_state()}
+
+
 def _stamp(device: str) -> Row:
     return {
-        "versions": versions(),
-        "git": git_state(),
+        **_here(),
         "machine": machine(device),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }

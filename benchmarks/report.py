@@ -67,6 +67,11 @@ def shape_of(row: Row) -> Shape:
     return Shape(case["tokens"], case["vocab"], case["d_student"], case["d_teacher"])
 
 
+def on_gpu(row: Row) -> bool:
+    """Promises about a CPU say nothing of such a row, nor the other way round."""
+    return "gpu" in row["machine"]
+
+
 def judged(kept: bool, promise: str) -> str:
     return f"{'pass' if kept else 'FAIL'} {promise}"
 

@@ -22,7 +22,7 @@ import bench_head
 import bench_rows
 import bench_scaling
 import report
-from benches import BENCHES
+from benches import BENCHES, TITLES
 from record import RESULTS, Row
 from workloads import HEAD, QUICK, ROWS
 
@@ -88,11 +88,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             compiling=not options.quick,
             **common,
         )
-        show("Distillation step from hidden states, forward and backward", report.head_text(rows), rows)
+        show(TITLES["head"], report.head_text(rows), rows)
     if "rows" in benches:
         shape = QUICK if options.quick else ROWS
         rows = bench_rows.run(results, shape=shape, compiling=not options.quick, **common)
-        show("Row kernel alone: logits in, loss and gradient out", report.rows_text(rows), rows)
+        show(TITLES["rows"], report.rows_text(rows), rows)
     for bench in BENCHES:
         if bench.name in benches:
             timing = {name: common[name] for name in ("rounds", "threads", "dtypes", "reject")}

@@ -138,7 +138,11 @@ class SinkhornSize:
 # Sizes are "full", which the tables and the promises are about, those of a "quick" smoke test, and those of a
 # "gpu" (benchmarks/gpu_check.py).
 SPARSE = {
-    "full": {"topk": SparseSize(64, 262144, 32), "sparse step": SparseSize(2048, 32000, 64, 512)},
+    "full": {
+        "topk": SparseSize(64, 262144, 32),
+        "topk of heads": SparseSize(1024, 128256, 64, 1024),
+        "sparse step": SparseSize(2048, 32000, 64, 512),
+    },
     "quick": {
         "topk": SparseSize(4, 3000, 8),
         "topk of heads": SparseSize(4, 3000, 8, 32),

@@ -1,7 +1,10 @@
 """The benchmarks run, and the README's table is what the committed result files give."""
 
+import json
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,11 +43,8 @@ def test_gpu_check_runs_every_test_that_is_marked_for_it(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(gpu_check, "within", lambda seconds, command, **_: asked.extend(command))
     gpu_check.tests(tmp_path / "log", 1.0)
-    marked = [
-        x
-        for x in (ROOT / "tests").glob("test_*.py")
-        if "mark.gpu" in x.read_text() and x.name != Path(__file__).name
-    ]
+    texts = {x: x.read_text() for x in (ROOT / "tests").glob("test_*.py") if x.name != Path(__file__).name}
+    marked = [x for x, text in texts.items() if "mark.gpu" in text or "wants_gpu" in text]
     assert marked and {str(x) for x in marked} <= set(asked)
 
 
@@ -58,12 +58,11 @@ def test_gpu_measurements_run_and_are_shown(tmp_path):
 
     rows_toy = {"shape": QUICK, "compiling": False}
     toys = {"rows": rows_toy, "head": {**rows_toy, "memory_for": ()}}
-    kinds = set()
+    seen = Counter()
     for one in gpu_check.MEASUREMENTS:
-        kind = (one.name, one.what.split()[-1])
-        if kind in kinds:
+        seen[one.name] += 1
+        if seen[one.name] > 1:
             continue
-        kinds.add(kind)
         rows = one.run(tmp_path, rounds=2, threads=1, reject=False, **toys.get(one.name, {"sizes": "quick"}))
         assert {row["status"] for row in rows} <= {"ok", "absent", "not offered"}, rows
         assert any(row["provider"] == "kd" and "seconds" in row for row in rows)
@@ -73,9 +72,9 @@ def test_gpu_measurements_run_and_are_shown(tmp_path):
 
     (head,) = tmp_path.glob("*/head.jsonl")
     gpu = {"slug": "cuda-a-gpu", "name": "A GPU", "gpu": "driver 1, 1980 MHz"}
-    for shape, objective in (GPU_HEAD[0], GPU_HEAD[3]):
+    for shape, _ in (GPU_HEAD[0], GPU_HEAD[3]):
         for row in read(head):
-            if row["case"]["objective"] == objective and row["provider"] in ("floor", "kd", "torch"):
+            if row["provider"] in ("floor", "kd", "torch"):
                 peak = {
                     "above_inputs": 3 << 30,
                     "above_gradients": 2 << 30,
@@ -93,6 +92,40 @@ def test_gpu_measurements_run_and_are_shown(tmp_path):
     assert section.count("One step, forward and backward: 1024 tokens, V = 128256") == 1
     assert "FAIL floor <= 1.2<br>" in section and "FAIL floor <= 1.5<br>" in section
     assert section.count("FAIL memory <= 1056 MiB") == 2
+
+
+def test_gpu_check_goes_on_where_a_section_fails(tmp_path, monkeypatch, capsys):
+    """All that wants a GPU taken out: what is left out says why, and what was measured is shown."""
+    import bench_head
+    import gpu_check
+    from workloads import QUICK
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "build", lambda log: None)
+    monkeypatch.setattr(gpu_check, "tests", lambda log, seconds: "exit 0: all")
+    toy = {"shape": QUICK, "dtypes": ("fp32",), "only": ("forward_kl",), "provider_names": ("kd",)}
+    toy |= {"memory_for": (), "compiling": False, "rounds": 2, "threads": 1, "reject": False}
+    one = gpu_check.Measurement("head", "head", lambda out, **_: bench_head.run(out, **toy))
+    monkeypatch.setattr(
+        gpu_check, "MEASUREMENTS", (one, replace(one, what="lost", run=fails), replace(one, seconds=1e9))
+    )
+    for name, check in (
+        ("gpu_profile", fails),
+        ("gpu_cuda", lambda *_: {"failed": []}),
+        ("gpu_counters", fails),
+    ):
+        monkeypatch.setattr(getattr(gpu_check, name), "check", check)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    assert gpu_check.main() == 0
+    shown, summary = capsys.readouterr().out, json.loads((tmp_path / "summary.json").read_text())
+    assert "forward KL" in shown and "48 x 384" in shown
+    assert summary["left out"] == ["lost: RuntimeError: out of memory", "head: no time left"]
+    assert summary["profile"] == {"failed": "RuntimeError: out of memory"}
+    monkeypatch.setattr(gpu_check.gpu_cuda, "check", fails)
+    assert gpu_check.main() == 1
 
 
 NCU = """#!/bin/sh

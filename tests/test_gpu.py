@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, FLOOR, OBJECTIVES, OPTIONS, SHAPING, SOURCES, Batch, error, leaves
+from gpu import wants_cuda_kernels, wants_gpu
 from jobs import gather_job, ids_for, side, topk_job
 from plain import compare, copy, gradients, widened
 from test_gather_kernel import check as check_gather
@@ -13,17 +14,14 @@ from test_pairwise_l1_kernel import pair_job
 from test_topk_kernel import check as check_topk
 
 import kd_kernels as kd
-from kd_kernels import native_cuda, triton_transport
 from kd_kernels import rows as R
+from kd_kernels import triton_transport
 from kd_kernels.backends import TABLE
 from kd_kernels.reference.dense import dense_distill
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
-]
+pytestmark = wants_gpu
 IDS = {"ids": lambda x: x.name if isinstance(x, kd.Objective) else str(x).replace("torch.", "")}
-SMALL = {"workspace_bytes": 64 << 10}
+SMALL = {"workspace_bytes": 8 << 10}  # three chunks and more of 15 tokens of two heads
 
 
 class GpuBatch(Batch):
@@ -476,13 +474,8 @@ def test_sinkhorn_batch(dtype, kind, tolerance):
 
 # --- the CUDA kernels beside Triton's ---------------------------------------------------------------------
 
-needs_cuda_kernels = pytest.mark.skipif(
-    torch.cuda.is_available() and bool(native_cuda.why_not(torch.device("cuda"))),
-    reason="the CUDA kernels cannot serve here: python -m kd_kernels info says why",
-)
 
-
-@needs_cuda_kernels
+@wants_cuda_kernels
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 @pytest.mark.parametrize("kinds", SOURCES, ids="x".join)
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
@@ -493,7 +486,7 @@ def test_the_cuda_kernels(objective, kinds, dtype):
         compare(batch, student, teacher, objective, "cuda", **SMALL, **OPTIONS[option](batch))
 
 
-@needs_cuda_kernels
+@wants_cuda_kernels
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 @pytest.mark.parametrize("vocab", [1, 31, 32000, 50257, 128256, 262144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **IDS)
@@ -508,7 +501,7 @@ def test_the_cuda_kernels_at_real_vocabularies(objective, vocab, dtype):
     assert abs(ours - theirs) <= 1e-5 * abs(theirs) + 1e-7
 
 
-@needs_cuda_kernels
+@wants_cuda_kernels
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 @pytest.mark.parametrize("vocab", [50257, 128257])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], **IDS)
@@ -520,7 +513,7 @@ def test_the_cuda_kernels_on_16_bit_logits_of_a_cluster(objective, vocab, dtype)
         compare(batch, student, teacher, objective, "cuda", **OPTIONS[option](batch))
 
 
-@needs_cuda_kernels
+@wants_cuda_kernels
 @pytest.mark.parametrize(
     "vocab", [50257, 128256, 500000]
 )  # not aligned, held by a cluster, beyond its memory
@@ -532,7 +525,7 @@ def test_a_hundred_runs_of_the_cuda_kernels_are_bitwise_equal(vocab):
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-@needs_cuda_kernels
+@wants_cuda_kernels
 def test_the_cuda_kernels_beyond_2_to_the_31_logits():
     tokens, vocab = 17000, 131072
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
@@ -546,7 +539,7 @@ def test_the_cuda_kernels_beyond_2_to_the_31_logits():
     assert error(ours, theirs) < 1e-4
 
 
-@needs_cuda_kernels
+@wants_cuda_kernels
 def test_the_cuda_kernels_in_a_graph():
     student, teacher = heads(128, 40000, torch.bfloat16)
     options = {"compact": False, "backend": "cuda"}

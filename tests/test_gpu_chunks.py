@@ -3,31 +3,22 @@
 import pytest
 import torch
 from cases import DTYPES, Batch, error, leaves
+from gpu import wants_cuda_kernels, wants_gpu
 from plain import gradients, widened
 
 import kd_kernels as kd
-from kd_kernels import native_cuda
 from kd_kernels.drivers.sides import HeadSide, accumulate_dtype
 from kd_kernels.drivers.workspace import Workspace, footprint
 from kd_kernels.gemm import matmul
 from kd_kernels.reference.dense import dense_distill
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
-]
+pytestmark = wants_gpu
 DEVICE = "cuda"
 IDS = {"ids": lambda x: str(x).replace("torch.", "")}
 SIDES = ("student", "teacher")
 # |x - x64| / |x64| of gradients whose logit gradient and result are rounded to the dtype, and nothing else:
 # some twice of what a CPU's have. Sums that are rounded to 16 bits once a chunk are beyond.
 ROUNDED = {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-
-
-needs_cuda_kernels = pytest.mark.skipif(
-    torch.cuda.is_available() and bool(native_cuda.why_not(torch.device("cuda"))),
-    reason="the CUDA kernels cannot serve here: python -m kd_kernels info says why",
-)
 
 
 @pytest.mark.parametrize("step", [25, 200])
@@ -105,7 +96,7 @@ def picked(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return x.detach()[rows].double().cpu()
 
 
-NAMED = [None, pytest.param("cuda", marks=needs_cuda_kernels)]
+NAMED = [None, pytest.param("cuda", marks=wants_cuda_kernels)]
 
 
 @pytest.mark.parametrize("named", NAMED)

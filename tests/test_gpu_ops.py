@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, FLOOR, OPTIONS, SHAPING, Batch, error
+from gpu import wants_gpu
 from plain import compare, widened
 from test_score import BAR as SCORE_BAR
 from test_score import compare as compare_scores
@@ -20,13 +21,10 @@ from transport import ORDERS
 import kd_kernels as kd
 from kd_kernels.counter_random import uniforms
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
-]
+pytestmark = wants_gpu
 DEVICE = "cuda"
 IDS = {"ids": lambda x: str(x).replace("torch.", "")}
-SMALL = {"workspace_bytes": 6 << 10}  # several chunks, the last one ragged
+SMALL = {"workspace_bytes": 3 << 10}  # several chunks, the last one ragged
 # Kernels take seconds to compile: what they do in other types, tests of their own show.
 USUAL = [torch.float32, torch.bfloat16]
 WIDE = [torch.float32, torch.float64]

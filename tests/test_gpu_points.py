@@ -3,14 +3,12 @@
 import pytest
 import torch
 from cases import error
+from gpu import wants_gpu
 from test_hybrid_uld import vocabularies
 
 import kd_kernels as kd
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
-]
+pytestmark = wants_gpu
 DEVICE = "cuda"
 
 

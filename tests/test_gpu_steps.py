@@ -6,15 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gpu import wants_gpu
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import kd_kernels as kd
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
-]
+pytestmark = wants_gpu
 DEVICE = "cuda"
 TIMES = 100
 TOKENS, VOCAB, LONG, WIDE = 300, 32000, 4096, 64000

@@ -50,7 +50,9 @@ class Recorder:
 
     def __init__(self, kernel) -> None:
         self.names = kernel.arg_names
-        self.alone = kernel.kwargs.get("do_not_specialize") or []
+        # An interpreted kernel has what it was decorated with, a compiled one what became of that.
+        options = getattr(kernel, "kwargs", None)
+        self.alone = (kernel.do_not_specialize if options is None else options.get("do_not_specialize")) or []
         self.compiled: set[tuple] = set()
         self.grids: list[tuple[int, ...]] = []
 
