@@ -195,7 +195,10 @@ void test_memory_that_is_not_there() {
 
 }  // namespace
 
-extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+// Memory that is not there is no error of the sanitizer's.
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
+  return "allocator_may_return_null=1";
+}
 
 int main() {
   Random random{42};
