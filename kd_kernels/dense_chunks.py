@@ -9,12 +9,12 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kd_kernels.arguments import autocast_dtype
 from kd_kernels.drivers.chunks import default_workspace
 from kd_kernels.gemm import matmul
+from kd_kernels.ops.backward import once
 from kd_kernels.reference.dense import logits_of
 from kd_kernels.sources import Head, Logits, Source
 
@@ -77,28 +77,35 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, wide_sum: Optional[Tensor], dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+        ctx.save_for_backward(hidden, weight, wide_sum)
         out = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
         matmul(hidden, weight.t(), out)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
-        hidden, weight = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # once: activation checkpointing makes them once
+        with torch.no_grad():
+            made = _Product.back(gradient, *tensors[:2], ctx.needs_input_grad)
+        return *(x if x is None else once("hybrid_uld", x, gradient, *tensors) for x in made), None
+
+    @staticmethod
+    def back(
+        gradient: Tensor, hidden: Tensor, weight: Tensor, needs: Sequence[bool]
+    ) -> tuple[Optional[Tensor], ...]:
         # 1 / tokens and the like would be nothing in float16.
         scale = gradient.abs().amax().clamp(min=1e-30) if gradient.numel() else 1.0
         narrow = (gradient / scale).to(hidden.dtype)
         d_hidden = d_weight = d_sum = None
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             d_hidden = ((narrow @ weight) * scale).to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
+        if needs[1]:
             d_weight = ((narrow.t() @ hidden) * scale).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
+        if needs[2]:
             d_sum = weight.new_empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
             matmul(narrow.t(), hidden, d_sum)
             d_sum *= scale
-        return d_hidden, d_weight, d_sum, None
+        return d_hidden, d_weight, d_sum
 
 
 class _WideSum(torch.autograd.Function):
@@ -109,6 +116,5 @@ class _WideSum(torch.autograd.Function):
         return parameter.new_zeros((), dtype=wide).expand(parameter.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient.to(ctx.dtype)

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.ops.backward import for_all_inputs, save, saved
+from kd_kernels.ops.backward import for_all_inputs, once, save, saved
 from kd_kernels.ops.logprobs import linear_logprobs, linear_logprobs_backward
 from kd_kernels.ops.pairwise_l1 import pairwise_l1, pairwise_l1_backward
 from kd_kernels.ops.row_divergence import row_divergence, row_divergence_backward
@@ -87,17 +87,17 @@ def gathers_of(*sources: Source) -> list[Optional[Gather]]:
 
 def regathering_row_divergence(gathers: list[Optional[Gather]], *arguments: Any) -> tuple[Tensor, Tensor]:
     """Loss and terms of a deferred ``row_divergence``; ``gathers`` of student and teacher."""
-    return _Regathering.apply(_divergence, _divergence_backward, gathers, *arguments)
+    return _regathering("distill", _divergence, _divergence_backward, gathers, arguments)
 
 
 def regathering_logprobs(gathers: list[Optional[Gather]], *arguments: Any) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of ``linear_logprobs``; ``gathers`` of its source."""
-    return _Regathering.apply(_logprobs, _logprobs_backward, gathers, *arguments)
+    return _regathering("linear_logprobs", _logprobs, _logprobs_backward, gathers, arguments)
 
 
 def regathering_pairwise_l1(gathers: list[Optional[Gather]], *arguments: Any) -> tuple[Tensor, ...]:
     """Distances, signs and statistics of ``pairwise_l1``; ``gathers`` of student and teacher."""
-    return _Regathering.apply(_pairwise, _pairwise_backward, gathers, *arguments)
+    return _regathering("distill", _pairwise, _pairwise_backward, gathers, arguments)
 
 
 # Forward: (results, those without gradients, what the backward needs besides the arguments).
@@ -133,26 +133,45 @@ def _pairwise_backward(upstream: Upstream, made: Sequence[Tensor], arguments: li
     return pairwise_l1_backward(upstream[0], *made, *arguments)
 
 
+def _regathering(
+    function: str,
+    run: Callable,
+    backward: Callable,
+    gathers: list[Optional[Gather]],
+    arguments: Sequence[Any],
+) -> tuple[Tensor, ...]:
+    # [values, weight, bias] of each model come first
+    again = [x for i, gather in enumerate(gathers) if gather for x in (3 * i + 1, 3 * i + 2)]
+    gathered = [arguments[i] for i in again if arguments[i] is not None]
+    # Nothing of them, but with their way back to the shards.
+    edge = torch.cat([x.reshape(-1)[:0] for x in gathered])
+    return _Regathering.apply(function, run, backward, gathers, again, edge, *arguments)
+
+
 class _Regathering(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, run: Callable, backward: Callable, gathers: list[Optional[Gather]], *arguments: Any
-    ) -> tuple[Tensor, Tensor]:
+        ctx, function: str, run: Callable, backward: Callable, gathers: list[Optional[Gather]],
+        again: Sequence[int], edge: Tensor, *arguments: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         results, constants, made = run(*arguments)
         ctx.mark_non_differentiable(*constants)
-        # [values, weight, bias] of each model come first
-        again = [x for i, gather in enumerate(gathers) if gather for x in (3 * i + 1, 3 * i + 2)]
-        save(ctx, [None if i in again else x for i, x in enumerate(arguments)], *made)
-        ctx.run_backward, ctx.gathers, ctx.wanted = backward, gathers, ctx.needs_input_grad[3:]
+        save(ctx, [None if i in again else x for i, x in enumerate(arguments)], edge, *made)
+        ctx.function, ctx.run_backward, ctx.gathers = function, backward, gathers
+        ctx.wanted = ctx.needs_input_grad[_OWN:]
         return (*results, *constants)
 
     @staticmethod
     def backward(ctx, *upstream: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         if all(x is None for x in upstream):
-            return (None,) * (3 + len(ctx.wanted))
-        made, arguments = saved(ctx)
+            return (None,) * (_OWN + len(ctx.wanted))
+        (edge, *made), arguments = saved(ctx)
         for i, gather in enumerate(ctx.gathers):
             if gather is not None:
                 arguments[3 * i + 1 : 3 * i + 3] = gather()
         gradients = ctx.run_backward(upstream, made, arguments)
-        return None, None, None, *for_all_inputs(gradients, ctx.wanted, len(arguments))
+        gradients = [once(ctx.function, x, edge) for x in gradients]
+        return (None,) * _OWN + for_all_inputs(gradients, ctx.wanted, len(arguments))
+
+
+_OWN = 6  # inputs ahead of the op's arguments

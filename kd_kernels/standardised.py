@@ -12,10 +12,10 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd_kernels.arguments import autocast_dtype
 from kd_kernels.dense_chunks import chunk_logits, rows_that_fit
+from kd_kernels.ops.backward import once
 from kd_kernels.sources import Head, Source
 
 _LEAST_SPREAD = 1e-4  # added to a token's standard deviation, as published
@@ -224,10 +224,12 @@ class _Kept(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, arriving: Tensor) -> tuple[Optional[Tensor], ...]:
         ids, found, *tensors = ctx.saved_tensors
-        side = ctx.side.with_tensors(tensors)
-        counts = torch.tensor(ctx.lengths, dtype=torch.int64, device=ids.device)
-        each = ids.repeat_interleave(counts, 0, output_size=len(found))
-        return None, None, None, *side.backward(each, arriving * found, ctx.needs_input_grad[3:])
+        with torch.no_grad():
+            side = ctx.side.with_tensors(tensors)
+            counts = torch.tensor(ctx.lengths, dtype=torch.int64, device=ids.device)
+            each = ids.repeat_interleave(counts, 0, output_size=len(found))
+            made = side.backward(each, arriving * found, ctx.needs_input_grad[3:])
+        made = (x if x is None else once("multi_level_transport", x, arriving, *tensors) for x in made)
+        return None, None, None, *made

@@ -209,6 +209,13 @@ def check_released_between(world, rank, mesh):
                 total.backward(retain_graph=True)
             with pytest.raises(RuntimeError, match="double backward"):
                 torch.autograd.grad(total, hidden[0], create_graph=True)[0].sum().backward()
+            # Nor is it left out where a leaf is named, to which there is another way.
+            weight = models[0].lm_head.weight
+            if weight.requires_grad:
+                (slope,) = torch.autograd.grad(total, weight, create_graph=True)
+                local = [x.to_local() if split else x for x in (slope, weight)]
+                with pytest.raises(RuntimeError, match="double backward"):
+                    torch.autograd.grad((local[0] * local[1]).sum(), weight)
             results.append(
                 [total.detach(), parts.soft]
                 + [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad

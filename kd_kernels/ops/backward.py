@@ -59,3 +59,21 @@ def refuse_double_backward(op: Any, function: str, instead: str = "") -> None:
         raise no_double_backward(function, instead)
 
     op.register_autograd(refuse)
+
+
+def once(function: str, made: Tensor, *inputs: Optional[Tensor], instead: str = "") -> Tensor:
+    """``made`` as a function of ``inputs`` whose derivative is refused, for backward passes that are no ops.
+    ``once_differentiable`` refuses only who asks for the gradients of all leaves: one who names a leaf walks
+    past it, to a second derivative without this part."""
+    return _Once.apply(function, instead, made, *inputs)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function: str, instead: str, made: Tensor, *inputs: Optional[Tensor]) -> Tensor:
+        ctx.called = function, instead
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, ...]:
+        raise no_double_backward(*ctx.called)

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.ops.backward import DENSE, no_double_backward
+from kd_kernels.ops.backward import DENSE, once
 
 
 def known_gradient(variable: Tensor, gradient: Tensor) -> Tensor:
@@ -26,14 +26,4 @@ class _GradientOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Optional[Tensor], ...]:
         (gradient,) = ctx.saved_tensors
-        return _OnceOnly.apply(upstream * gradient), None
-
-
-class _OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> Tensor:
-        raise no_double_backward("distill", DENSE)
+        return once("distill", upstream * gradient, instead=DENSE), None
