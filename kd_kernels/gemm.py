@@ -28,7 +28,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
 
     Args:
         a: ``[m, k]``; b: ``[k, n]`` of the same dtype.
-        out: ``[m, n]``, rows contiguous; the operands' dtype, or float32.
+        out: ``[m, n]``, rows contiguous; the operands' dtype, or a wider one.
         accumulate: add to what ``out`` holds.
     """
     if out.dtype == a.dtype:
@@ -36,6 +36,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
             torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
+    elif out.dtype != torch.float32:  # 16-bit operands of a loss that is float64 for another's sake
+        _upcast(a, b, out, accumulate)
     elif a.device.type == "cpu":
         _widening_cpu(a, b, out, accumulate)
     elif _widens(a.dtype, a.device):

@@ -44,6 +44,20 @@ def test_the_result_is_float32(take, way, dtype, autocast, accumulate, shape):
 
 @WAY
 @DTYPE
+def test_a_float64_result(take, way, dtype):
+    """No way but casting up has one."""
+    take(way, dtype)
+    a, b = torch.randn(5, 300).to(dtype), torch.randn(300, 7).to(dtype)
+    out = torch.randn(5, 7, dtype=torch.float64)
+    exact = out + a.double() @ b.double()
+    gemm.matmul(a, b, out, accumulate=True)
+    assert error(out, exact) < 1e-14
+    gemm.matmul(a, b, out)
+    assert error(out, a.double() @ b.double()) < 1e-14
+
+
+@WAY
+@DTYPE
 def test_float32_masters_under_autocast(take, way, dtype):
     """As exact as the operands' rounding leaves it, whichever way the processor takes."""
     take(way, dtype)

@@ -160,6 +160,18 @@ def test_reductions_parts_and_chunks():
     assert torch.autograd.grad(whole[0] + each.sum(), [g, v], allow_unused=True) == (None, None)
 
 
+def test_models_of_different_dtypes():
+    """The result is float64 for the student's sake; a 16-bit teacher's logits are, too."""
+    matches = kd.match_vocabularies(*vocabularies())
+    h, w, g, v = heads()
+    g, v = (x.detach().bfloat16() for x in (g, v))
+    found = kd.hybrid_uld(kd.Head(h, w), kd.Head(g, v), matches)
+    exact = kd.hybrid_uld(kd.Head(h, w), kd.Head(g.double(), v.double()), matches)
+    assert found.dtype == torch.float64 and error(found, exact) < 1e-13
+    for x, y in zip(torch.autograd.grad(found, [h, w]), torch.autograd.grad(exact, [h, w])):
+        assert error(x, y) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_many_chunks_add_up_in_float32(dtype):
     matches = kd.match_vocabularies(*vocabularies())
