@@ -57,9 +57,11 @@ def reach(cost: Tensor) -> Tensor:
     return (most.double() - least.double()).clamp(min=0.0)
 
 
-def fits_scalings(cost: Tensor, epsilon: float) -> bool:
-    """Whether a cost [n, m] leaves scalings room; waits for the device."""
-    return not bool((reach(cost) > SCALING_ROOM * epsilon).any())
+def fits_scalings(cost: Tensor, epsilons: Tensor) -> bool:
+    """Whether a cost [n, m] leaves scalings room; waits for the device. A change of epsilon raises them to a
+    power, for which there may be none whatever the costs."""
+    least, most = (float(x) for x in epsilons.aminmax())
+    return least == most and not bool((reach(cost) > SCALING_ROOM * least).any())
 
 
 @dataclass

@@ -119,6 +119,30 @@ def test_epsilon_too_small_for_scalings(shared, backend):
             agree(found.transport_cost, exact.transport_cost, 1e-4)
 
 
+@SHARED
+@pytest.mark.parametrize(
+    "cost, mass, epsilon, schedule",
+    [
+        ([[0.16, torch.inf], [0.68, 0.92]], [0.09, 0.91], 0.05, [2.0]),
+        ([[0.0223, 0.1689], [torch.inf, 0.5185]], [0.399, 0.601], 0.02, [2.0, 0.05]),
+        ([[0.0, 0.3], [0.4, 0.1]], [0.6, 0.4], 0.02, [10.0]),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_leaves_scalings_no_room(cost, mass, epsilon, schedule, shared, backend):
+    """From one epsilon to the next they are raised to a power, whatever the costs."""
+    cost, mass = torch.tensor(cost), torch.tensor([mass])
+    options = {"epsilon": epsilon, "epsilon_schedule": schedule, "iterations": 20, "return_plan": True}
+    cost = cost if shared else cost[None]
+    exact = kd.sinkhorn(cost.double(), mass.double(), mass.double(), domain="log", **options).plan
+    options["backend"] = backend
+    agree(kd.sinkhorn(cost, mass, mass, **options).plan, exact, 1e-5)
+    try:
+        agree(kd.sinkhorn(cost, mass, mass, domain="scaling", **options).plan, exact, 1e-5)
+    except ValueError as refusal:
+        assert "too far apart for this epsilon" in str(refusal)
+
+
 def test_rows_far_from_each_other_have_room(backend):
     """What counts is a row's costs above its least: 1000 epsilon between rows do not matter."""
     problems = Problems()

@@ -34,6 +34,7 @@ class Solver : Transport<T> {
     numbers_ = args_.numbers + problem * kSinkhornNumbers;
     for (int i = 0; i < kSinkhornNumbers; ++i) numbers_[i] = 0.0;
     const double span = measure();
+    lost_ = false;
     double least_epsilon = args_.epsilons[0];
     for (int64_t i = 1; i < args_.iterations; ++i)
       least_epsilon = args_.epsilons[i] < least_epsilon ? args_.epsilons[i] : least_epsilon;
@@ -47,9 +48,11 @@ class Solver : Transport<T> {
       infeasible_ = false;
       iterate<false>();
     }
-    finish();
     const double room = sizeof(T) == 4 ? 87.3 : 708.3;
-    if (args_.domain == kScalingDomain && span > room * least_epsilon) {
+    // What a change of epsilon took away may have been all that a row had.
+    const bool out = span > room * least_epsilon || (lost_ && !finite());
+    finish();
+    if (args_.domain == kScalingDomain && out) {
       numbers_[kStatus] = kOutOfRoom;
     } else if (infeasible_) {
       numbers_[kStatus] = kInfeasible;
@@ -105,14 +108,7 @@ class Solver : Transport<T> {
       const double epsilon = args_.epsilons[step];
       if (epsilon != before) {
         build<kScaling>(epsilon);
-        if (step > 0) {  // the same potentials in the new unit
-          const double ratio = before / epsilon;
-          for (int64_t j = 0; j < padded_; ++j) {
-            if (!(b_.at[j] > 0)) continue;
-            const double value = static_cast<double>(v_.at[j]);
-            v_.at[j] = static_cast<T>(kScaling ? __builtin_pow(value, ratio) : value * ratio);
-          }
-        }
+        if (step > 0) change_unit<kScaling>(before / epsilon);
         before = epsilon;
       }
       const double error = kScaling ? scale_rows() : step_rows();
@@ -126,6 +122,19 @@ class Solver : Transport<T> {
       kScaling ? scale_columns() : step_columns();
       numbers_[kIterations] += 1.0;
       remember<kScaling>(step);
+    }
+  }
+
+  // The same potentials of the columns in units of another epsilon. The size of all scalings is of no account.
+  template <bool kScaling>
+  void change_unit(double ratio) {
+    T size = 0;
+    for (int64_t j = 0; kScaling && j < padded_; ++j) size = v_.at[j] > size ? v_.at[j] : size;
+    for (int64_t j = 0; j < padded_; ++j) {
+      if (!(b_.at[j] > 0)) continue;
+      const double value = static_cast<double>(v_.at[j]);
+      v_.at[j] = static_cast<T>(kScaling ? __builtin_pow(value / static_cast<double>(size), ratio) : value * ratio);
+      lost_ = lost_ || (kScaling && v_.at[j] == 0);
     }
   }
 
@@ -292,7 +301,7 @@ class Solver : Transport<T> {
 
   static constexpr int64_t kBlock = 64;
   double* numbers_ = nullptr;
-  bool infeasible_ = false;
+  bool infeasible_ = false, lost_ = false;
   Buffer<T> entries_, least_, u_, next_u_, v_, columns_, part_, row_, row_logs_;
 };
 

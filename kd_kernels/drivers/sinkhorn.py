@@ -146,9 +146,7 @@ def _run(
         job.d_cost = d_cost.mT.contiguous() if flip and d_cost is not None else d_cost
     if not shared:
         kernel(job, phases)
-    elif call.domain == P.SCALING or (
-        call.domain == P.AUTO and P.fits_scalings(cost[0], float(call.epsilons.min()))
-    ):
+    elif call.domain == P.SCALING or (call.domain == P.AUTO and P.fits_scalings(cost[0], call.epsilons)):
         shared_cost(job, phases, *(pick(op, call.a.device, call.backend)[1] for op in ("gibbs", "half_step")))
     else:
         _in_slabs(kernel, job, phases)

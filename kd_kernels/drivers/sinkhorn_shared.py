@@ -137,6 +137,7 @@ class _Shared:
         v, of_rows, of_columns = self.start(), *self.extras()
         u, done = torch.zeros_like(job.a), torch.zeros_like(job.a[:, 0], dtype=torch.bool)
         taken = torch.zeros_like(job.numbers[:, 0])
+        lost, vanished = torch.zeros((), dtype=torch.bool, device=job.a.device), None
         # Another epsilon is another kernel, and v the same potentials in another unit.
         before = float(job.epsilons[0])
         for step, epsilon in enumerate(job.epsilons.tolist()):
@@ -145,9 +146,13 @@ class _Shared:
                 if epsilon != before:  # its size is of no account, and would leave the numbers' range
                     size = v.amax(1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
                     v = torch.where(done[:, None], v, (v / size) ** (before / epsilon))
+                    vanished = ((v == 0) & (job.b > 0)).any()
                 before = epsilon
             of_step = [None if x is None else x[:, step] for x in (job.phi_history, job.psi_history)]
             next_u = self.product(kernel, v, job.a, False, True, of_rows, of_step[0])
+            if vanished is not None:  # which matters to rows that had little else
+                little = (next_u == 0) | (next_u * (1e8 * torch.finfo(v.dtype).tiny) > job.a)
+                lost, vanished = lost | (vanished & (little & (job.a > 0)).any()), None
             if job.looks(step):  # a / next_u is what the plan's rows sum to, per u
                 error = (u * (job.a / _without_zeros(next_u)) - job.a).abs().sum(1)
                 done = done | (error <= job.tolerance * job.a.sum(1))
@@ -158,9 +163,9 @@ class _Shared:
                 next_u, next_v = (torch.where(done[:, None], x, y) for x, y in ((u, next_u), (v, next_v)))
             u, v = next_u, next_v
             taken += ~done
-        self.report(u, v, taken)
+        self.report(u, v, taken, lost)
 
-    def report(self, u: Tensor, v: Tensor, taken: Tensor) -> None:
+    def report(self, u: Tensor, v: Tensor, taken: Tensor, lost: Tensor) -> None:
         job, ones = self.job, (torch.ones_like(self.job.a), torch.ones_like(self.job.b))
         phi, psi = self.potentials(u, v)
         job.phi.copy_(phi)
@@ -177,7 +182,7 @@ class _Shared:
         if job.b.device.type != "cpu" or bool(unmet.any()):
             infeasible |= (unmet & (self.along_columns(u, ones[1]) == 0)).any(1)
         least = min(job.epsilons.tolist())  # each epsilon of a schedule has been iterated at
-        out = (self.reach > least * P.room(job.a.dtype)).any()
+        out = lost | (self.reach > least * P.room(job.a.dtype)).any()
         status = torch.where(
             out, float(P.OUT_OF_ROOM), torch.where(infeasible, float(P.INFEASIBLE), float(P.SOLVED))
         )
