@@ -87,13 +87,14 @@ def sinkhorn(
             beyond is absent.
         domain: ``"scaling"`` iterates on scalings, one multiplication per entry, ``"log"`` on their
             logarithms, an exponential per entry, for any cost. ``"auto"``: scalings where a row's costs span
-            at most 60 epsilon.
+            at most 60 epsilon (and of one shared cost, without a schedule).
         order: which half-step comes first. The marginal of the second one is exact.
         mass: what marginals not given sum to: ``"probability"`` to 1, ``"unit"`` each entry is 1.
         gradient: ``"implicit"``: of the solution, by one linear system per problem; right for
             ``transport_cost`` and ``plan``, and for ``value`` the envelope. ``"envelope"``: ``value`` only,
             the others carry none. ``"unrolled"``: of the number returned, back through all iterations, as
-            published losses have it; needs ``iterations`` without ``tolerance``. To marginals they are right
+            published losses have it; needs ``iterations``, and neither ``tolerance`` nor
+            ``epsilon_schedule``. To marginals they are right
             up to a constant that one gains and the other loses.
         epsilon_schedule: epsilons of iterations that go ahead of all, one each, such as ``[1.0, 0.5, 0.2]``.
         return_plan: also return the plan, ``[B, n, m]`` also where the cost is shared.
