@@ -94,8 +94,8 @@ def sinkhorn(
             ``transport_cost`` and ``plan``, and for ``value`` the envelope. ``"envelope"``: ``value`` only,
             the others carry none. ``"unrolled"``: of the number returned, back through all iterations, as
             published losses have it; needs ``iterations``, and neither ``tolerance`` nor
-            ``epsilon_schedule``. To marginals they are right
-            up to a constant that one gains and the other loses.
+            ``epsilon_schedule``. To marginals they are right up to a constant that one gains and the other
+            loses.
         epsilon_schedule: epsilons of iterations that go ahead of all, one each, such as ``[1.0, 0.5, 0.2]``.
         return_plan: also return the plan, ``[B, n, m]`` also where the cost is shared.
         backend: name of a backend, or None for the first that serves the call.

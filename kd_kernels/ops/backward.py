@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DENSE = (
-    "; kd_kernels.reference.dense_distill, the same with all logits in memory, can be differentiated twice"
+    "; kd_kernels.reference.dense_distill, the loss with all logits in memory, can be differentiated twice"
 )
 
 

@@ -166,9 +166,9 @@ def dense_distill(
 ) -> Tensor:
     """:func:`kd_kernels.distill`, with all logits materialised and gradients from autograd.
 
-    Arguments, shapes and result as of the public call (see there), but that a teacher which requires a
-    gradient gets one; used to check it, and where a gradient is to be differentiated again. Not for
-    :class:`kd_kernels.SinkhornBatch`.
+    These arguments, shapes and result as of the public call (see there), but that a teacher which requires
+    a gradient gets one: detach it. Used to check that call, and where a gradient is to be differentiated
+    again. Not for :class:`kd_kernels.SinkhornBatch`.
     """
     student, teacher = as_source("student", student), as_teacher(teacher)
     sparse = isinstance(teacher, SparseTarget)
