@@ -25,6 +25,7 @@ from kd_kernels.sources import Head, Source, is_dtensor
 Weights = tuple[Tensor, Optional[Tensor]]  # weight, bias
 Gather = Callable[[], Weights]
 Upstream = Sequence[Optional[Tensor]]
+_OWN = 6  # inputs of _Regathering ahead of its op's arguments
 
 
 class GatheredHead(Head):
@@ -172,6 +173,3 @@ class _Regathering(torch.autograd.Function):
         gradients = ctx.run_backward(upstream, made, arguments)
         gradients = [once(ctx.function, x, edge) for x in gradients]
         return (None,) * _OWN + for_all_inputs(gradients, ctx.wanted, len(arguments))
-
-
-_OWN = 6  # inputs ahead of the op's arguments

@@ -16,6 +16,7 @@ from kd_kernels.arguments import (
     refuse_transforms,
     saveable,
 )
+from kd_kernels.ops.backward import differentiable_once
 from kd_kernels.ops.checks import IGNORED, check_range, checks_values
 from kd_kernels.points import check_points, check_points_mask
 from kd_kernels.sinkhorn import ORDERS, apart_from_nan, class_cost, sinkhorn
@@ -277,6 +278,7 @@ def _transport(
     dtype = result_dtype(student, teacher)
     x, a = _states(student.to(dtype), student_mask)
     y, b = _states((teacher if teacher_grad else teacher.detach()).to(dtype), teacher_mask)
+    x, y = (differentiable_once(function, states) for states in (x, y))
     empty = ~(a.any(1) & b.any(1))[:, None]
     a, b = a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)
     pairwise = {"cosine": _cosine, "attention": _attention, "euclidean": _euclidean, "l1": _l1}[cost]

@@ -313,7 +313,7 @@ def test_what_is_not_there_is_refused(name):
         # Also where there is another way from the slope to x, which would be taken alone.
         x = d[each].clone().requires_grad_()
         (slope,) = torch.autograd.grad(loss({**d, each: x.tanh()}), x, create_graph=True)
-        with pytest.raises((RuntimeError, NotImplementedError), match="double backward|_cdist_backward"):
+        with pytest.raises(RuntimeError, match=r"kd_kernels\.\w+: double backward"):
             torch.autograd.grad(slope.square().sum(), x)
     for transform in (torch.func.grad, torch.func.vmap):
         # The second of torch 2.6, where an alignment is made under the transform.

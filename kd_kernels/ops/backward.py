@@ -77,3 +77,19 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, ...]:
         raise no_double_backward(*ctx.called)
+
+
+def differentiable_once(function: str, x: Tensor) -> Tensor:
+    """``x``, whose gradient has no derivative: for what torch computes, and refuses in its own words."""
+    return _DifferentiableOnce.apply(function, x)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function: str, x: Tensor) -> Tensor:
+        ctx.function = function
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, once(ctx.function, gradient)
