@@ -99,9 +99,26 @@ def test_what_the_triton_kernel_takes_counts_as_workspace(dtype, gradients):
 
     for budget in (100_000, 300_000, 1 << 30):
         cut = walk(budget)
-        assert cut.bytes + cut._scratch(cut.width) <= budget
+        assert cut._room(cut.width, gradients) <= budget
         assert (cut.width < 5000) == (budget < 1 << 30)
     with pytest.raises(ValueError, match=r"workspace_bytes=100 .* at least \d+ bytes") as refusal:
         walk(100)
     needed = int(re.search(r"at least (\d+)", str(refusal.value))[1])
     assert walk(needed).width >= 1, "what the message asks for is taken"
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kinds", [("head", "head"), ("head", "logits")], ids="x".join)
+def test_the_workspace_that_a_refusal_asks_for_does_for_both_passes(kinds, dtype, name):
+    _, student, teacher = pair(kinds, dtype)
+    temperature = torch.ones((), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"workspace_bytes=10 .* at least \d+ bytes") as refusal:
+        distances(student, teacher, MEMBERS, temperature, name, 10)
+    needed = int(re.search(r"at least (\d+)", str(refusal.value))[1])
+    cost = distances(student, teacher, MEMBERS, temperature, name, needed)
+    inputs = leaves(student, teacher)
+    for g in torch.autograd.grad(cost.sum(), inputs):
+        assert g.isfinite().all()
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        distances(student, teacher, MEMBERS, temperature, name, needed - 1)

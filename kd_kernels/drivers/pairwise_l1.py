@@ -9,7 +9,7 @@ all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional, Union
 
@@ -27,6 +27,7 @@ from kd_kernels.drivers.workspace import Workspace, borrow, footprint
 from kd_kernels.gemm import as_matrix, matmul
 
 _GRANULE = 128  # slabs end at multiples of this where the budget allows
+_NOTHING = (False, False, False)  # of a model's three tensors wants a gradient
 
 
 @dataclass
@@ -78,9 +79,10 @@ class Distances:
     statistics: Tensor  # [G, L, 4]: PAIRWISE_* of the student, then of the teacher
 
 
-def measure(problem: PairwiseProblem, signs: bool) -> Distances:
+def measure(problem: PairwiseProblem) -> Distances:
     """All distances within the groups."""
     walk = _Walk(problem, gradients=False)
+    signs = any(map(any, walk.needs))
     groups, longest = problem.members.shape
     cost = torch.zeros(groups, longest, longest, dtype=torch.float64, device=walk.device)
     sums = torch.zeros_like(cost) if signs else None
@@ -175,12 +177,12 @@ class _Walk:
         self.scratch = PAIRWISE_L1_SCRATCH.get(name)
         self.gather = pick("gather", self.device, name)[1]
         models = [problem.student, problem.teacher]
+        self.needs = [model.needs for model in models]  # sooner or later
         if not gradients:
-            models = [replace(model, needs=(False, False, False)) for model in models]
+            models = [replace(model, needs=_NOTHING) for model in models]
         self.temperatures = [problem.tokens.numbers(m.temperature, self.device, 1.0) for m in models]
         self.sides = [_side(model, problem) for model in models]
-        self.phase = R.GRADIENT if gradients else R.TERMS
-        self.width, self.bytes = self._cut()
+        self.width, self.bytes = self._cut(gradients)
 
     def job(self, **results: Optional[Tensor]) -> R.PairwiseL1Job:
         """To be completed by a slab and the statistics."""
@@ -188,37 +190,39 @@ class _Walk:
         nothing = self.temperatures[0].new_empty(self.n, R.PAIRWISE_COLUMNS)
         return R.PairwiseL1Job(self.n, 0, rows, rows, self.problem.starts(), nothing, nothing, **results)
 
-    def _cut(self) -> tuple[int, int]:
+    def _cut(self, gradients: bool) -> tuple[int, int]:
         """(entries per slab, bytes of workspace that its logits and gradients take)."""
-
-        def logits_room(width: int) -> int:
-            return sum(side.room(width) for side in self.sides)
-
-        def room(width: int) -> int:
-            return logits_room(width) + self._scratch(width)
-
-        if self.n == 0 or room(1) == 0:
+        least = self._room(1, gradients)
+        if self.n == 0 or least == 0:
             return self.vocab, 0
         given = self.problem.workspace_bytes
         budget = default_workspace(self.device) if given is None else given
-        most = min(self.vocab, max(1, budget // max(1, room(1024) // 1024)))
-        while most > 0 and room(most) > budget:
-            most -= max(1, most // 64)
-        if most < 1:
+        if any(map(any, self.needs)):  # a backward pass that will not fit is refused before it is needed
+            least = max(least, self._room(1, True))
+        if least > budget:
             raise ValueError(
                 f"workspace_bytes={budget} holds less than one vocabulary entry of {self.n} rows, which are "
-                f"compared with each other; at least {room(1)} bytes are needed"
+                f"compared with each other; at least {least} bytes are needed"
             )
+        most = min(self.vocab, max(1, budget // max(1, self._room(1024, gradients) // 1024)))
+        while self._room(most, gradients) > budget:
+            most -= max(1, most // 64)
         even = -(-self.vocab // -(-self.vocab // most))
         width = min(-(-even // _GRANULE) * _GRANULE, most)
-        return width, logits_room(width)
+        return width, self._logits_room(width, gradients)
 
-    def _scratch(self, width: int) -> int:
-        """Bytes that the kernel takes for a slab, beside the workspace."""
+    def _room(self, width: int, gradients: bool) -> int:
+        """Bytes that a slab takes, forward or backward: of the workspace, and by the kernel beside it."""
+        own = self._logits_room(width, gradients)
         if self.scratch is None:
-            return 0
+            return own
         wide = any(side.logits_dtype == torch.float64 for side in self.sides)
-        return self.scratch(self.n, *self.problem.members.shape, width, wide, self.phase)
+        phase = R.GRADIENT if gradients else R.TERMS
+        return own + self.scratch(self.n, *self.problem.members.shape, width, wide, phase)
+
+    def _logits_room(self, width: int, gradients: bool) -> int:
+        needs = self.needs if gradients else [_NOTHING] * 2
+        return sum(side.room(width, wanted) for side, wanted in zip(self.sides, needs))
 
     def slabs(self) -> Iterator[_Slab]:
         with borrow(self.bytes, self.device) as workspace:
@@ -263,13 +267,14 @@ class _HeadSlabs(HeadEnd):
         """In the parameter's dtype: a slab's part is written once, so that nothing wider need be kept."""
         return self.cleared(torch.empty(like.shape, dtype=like.dtype, device=like.device))
 
-    def room(self, width: int) -> int:
-        """Bytes of workspace of a slab."""
+    def room(self, width: int, needs: Sequence[bool]) -> int:
+        """Bytes of workspace of a slab whose walk finds those gradients."""
+        assert self.model.weight is not None
         n, features = self.hidden.shape
         total = footprint(n, width, self.logits_dtype.itemsize)
-        if self.wants_gradient and not self.gradient_in_place:
+        if any(needs) and not self.gradient_in_place:
             total += footprint(n, width, self.hidden.dtype.itemsize)
-        if self.d_weight is not None and self.d_weight.dtype != self.wide:
+        if needs[1] and self.model.weight.dtype != self.wide:
             total += footprint(width, features, self.wide.itemsize)
         return total
 
@@ -331,7 +336,7 @@ class _LogitsSlabs:
         heads = [other for other in (problem.student, problem.teacher) if other.is_head]
         self.shares_factor = any(any(other.needs) for other in heads)
 
-    def room(self, width: int) -> int:
+    def room(self, width: int, needs: Sequence[bool]) -> int:
         return 0
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> R.Rows:

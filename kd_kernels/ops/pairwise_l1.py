@@ -22,14 +22,14 @@ _ARGUMENTS = names(_CALL)
 _STATISTICS = 4  # columns
 
 
-def _model(call: dict, side: str, which: int, gradients: bool) -> Model:
+def _model(call: dict, side: str, which: int) -> Model:
     scale, softcap = call["scalars"].tolist()[2 * which : 2 * which + 2]
-    needs = tuple(call["needs"][3 * which : 3 * which + 3]) if gradients else (False, False, False)
+    needs = tuple(call["needs"][3 * which : 3 * which + 3])
     weight, bias, temperature = (call[f"{side}_{part}"] for part in ("weight", "bias", "temperature"))
     return Model(call[side], weight, bias, scale, softcap, temperature, needs)
 
 
-def _unpack(call: dict, gradients: bool) -> PairwiseProblem:
+def _unpack(call: dict) -> PairwiseProblem:
     members, tokens = call["members"], call["student"].shape[:-1].numel()
     rows = kept = None
     if members.shape[0] == 1 and not call["compact"]:
@@ -39,8 +39,8 @@ def _unpack(call: dict, gradients: bool) -> PairwiseProblem:
         if members.shape[0] == 1 and rows.numel() == tokens:  # one group holds its tokens in their order
             rows = None
     return PairwiseProblem(
-        _model(call, "student", 0, gradients),
-        _model(call, "teacher", 1, gradients),
+        _model(call, "student", 0),
+        _model(call, "teacher", 1),
         members,
         Tokens(tokens, rows, kept),
         *(call[name] for name in ("compute_dtype", "logits_dtype", "backend", "workspace_bytes")),
@@ -71,11 +71,11 @@ def _forward(*arguments):
         empty) and statistics ``[G, L, 4]``. All in float64: beside the rows they are small.
     """
     call = dict(zip(_ARGUMENTS, arguments))
-    problem = _unpack(call, gradients=False)
+    problem = _unpack(call)
     _check_values(problem)
-    wanted = any(call["needs"])
-    found = measure(problem, signs=wanted)
-    return found.cost, found.signs if wanted else found.cost.new_empty(0), found.statistics
+    found = measure(problem)
+    signs = found.cost.new_empty(0) if found.signs is None else found.signs
+    return found.cost, signs, found.statistics
 
 
 pairwise_l1_op = torch.library.custom_op(
@@ -102,7 +102,7 @@ def _(*arguments):
 )
 def pairwise_l1_backward(d_cost, cost, signs, statistics, *arguments):
     """Gradients of the wanted inputs, in order, the others left out."""
-    problem = _unpack(dict(zip(_ARGUMENTS, arguments)), gradients=True)
+    problem = _unpack(dict(zip(_ARGUMENTS, arguments)))
     present = problem.members >= 0
     pairs = present[:, :, None] & present[:, None, :]
     gradients = carry_back(problem, Distances(cost, signs, statistics), torch.where(pairs, d_cost, 0.0))
