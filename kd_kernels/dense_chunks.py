@@ -33,7 +33,8 @@ def chunks_of(
 ) -> tuple[Tensor, ...]:
     """``values`` ``[N, ...]`` in chunks of tokens; an empty one where there are none: even then there is a
     gradient."""
-    return values.split(rows_that_fit(values, vocab, dtype, workspace_bytes))
+    size = rows_that_fit(values, vocab, dtype, workspace_bytes)
+    return tuple(values[start : start + size] for start in range(0, max(len(values), 1), size))
 
 
 def chunk_logits(
@@ -60,12 +61,24 @@ def wide_sums(source: Source) -> list[Optional[Tensor]]:
     return [None if x is None else _WideSum.apply(x) for x in source.tensors()[1:]]
 
 
-def by_chunks(function: Callable[..., Tensor], *parts: Sequence[Tensor]) -> Tensor:
+def by_chunks(function: Callable[..., Tensor], kept: Sequence[Tensor], *parts: Sequence[Tensor]) -> Tensor:
     """``function`` of one of each of ``parts``, joined. Where there is more than one chunk nothing
-    is kept for the backward pass, which calls ``function`` again."""
+    is kept for the backward pass, which calls ``function`` again, and refuses to where one of ``kept``, what
+    it reads, is not what it was: autograd looks only at what a graph keeps."""
     if len(parts[0]) == 1:
         return function(*(part[0] for part in parts))
-    again = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    versions = [(x, x._version) for x in kept if not x.is_inference()]
+
+    def unchanged(*each: Tensor) -> Tensor:
+        for x, version in versions:
+            if x._version != version:
+                raise RuntimeError(
+                    f"one of the variables needed for gradient computation, {list(x.shape)}, has been "
+                    f"modified by an inplace operation: it is at version {x._version}, not {version}"
+                )
+        return function(*each)
+
+    again = functools.partial(checkpoint, unchanged, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([again(*each) for each in zip(*parts)])
 
 

@@ -171,8 +171,8 @@ def hybrid_uld(
         for name, x in (("student_log_mass", student_log_mass), ("teacher_log_mass", teacher_log_mass))
     ]
     chunks = [chunks_of(x, sum(sizes), dtype, workspace_bytes) for x in values]
-    masses = [x.split(len(chunks[0][0]) or 1) for x in masses]
-    found = by_chunks(terms, *chunks, *masses)
+    kept = [x for x in (*student.tensors(), *teacher.tensors(), *masses) if x is not None]
+    found = by_chunks(terms, kept, *chunks, *(x.split(len(chunks[0][0]) or 1) for x in masses))
     loss = (found * found.new_tensor(weights)).sum(1)
     if token_weight is not None:
         loss = loss * per_token("token_weight", saveable(token_weight), lead, device).to(dtype)

@@ -188,6 +188,26 @@ def test_gradients_of_many_chunks_add_up_in_float32(dtype):
         assert error(cut, x) < 1.2 * error(whole, x) + FLOOR[dtype]
 
 
+@pytest.mark.parametrize("workspace", [None, 1], ids=["one chunk", "many"])
+@pytest.mark.parametrize("changed", ["h", "w", "b", "g", "v", "mass"])
+def test_an_input_changed_in_place_is_noticed(changed, workspace):
+    """The weights above all: a constant teacher's, after a step of its moving average, too."""
+    h, w, b, g, v = (torch.randn(*shape) for shape in ((6, 3), (12, 3), (12,), (6, 4), (9, 4)))
+    mass = -torch.rand(6)
+    h.requires_grad_()
+    loss = kd.hybrid_uld(
+        kd.Head(h, w, b), kd.Head(g, v), torch.tensor([[0, 1], [3, 2]]),
+        student_log_mass=mass, teacher_log_mass=mass.double(), workspace_bytes=workspace,
+    )  # fmt: skip
+    with torch.no_grad():
+        locals()[changed].mul_(2)
+    if changed in ("b", "g", "v", "mass") and workspace is None:
+        loss.backward()  # only added, or a constant's
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_no_tensor_holds_all_logits():
     leaves, matches = heads(torch.float32, pairs=200), kd.match_vocabularies(*vocabularies())
     with Largest() as seen:
