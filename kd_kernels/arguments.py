@@ -228,9 +228,14 @@ def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) 
     if not (value.dtype.is_floating_point or value.dtype in (torch.int32, torch.int64)):
         raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
     if value.dim() == 0:
-        return value.detach().to(torch.float64)
+        return beside(value.detach(), device).to(torch.float64)
     check_per_token(name, value, lead, device)
     return value.detach().reshape(-1).to(torch.float64)
+
+
+def beside(value: Tensor, device: torch.device) -> Tensor:
+    """A 0-d tensor as work on ``device`` takes it: there, or on the CPU."""
+    return value if value.device.type == "cpu" else value.to(device)
 
 
 def detached(source: Source) -> Source:

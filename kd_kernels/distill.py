@@ -12,6 +12,7 @@ from kd_kernels import rows as R
 from kd_kernels.arguments import (
     Scalar,
     autocast_dtype,
+    beside,
     check_resources,
     check_sources,
     check_vocab,
@@ -105,7 +106,7 @@ def distill(
         reduction: ``"mean"``: sum / max(tokens that count, 1), or / ``num_items``; ``"sum"``;
             ``"batchmean"``: sum / size of the first dimension; ``"none"``: per token. The sum of an
             objective that couples tokens is that over its groups.
-        num_items: denominator of ``"mean"``, number or 0-d tensor (gradient accumulation).
+        num_items: denominator of ``"mean"``, number or 0-d tensor, on any device (gradient accumulation).
         vocab: ``"error"`` refuses unequal vocabularies, ``"truncate"`` restricts both models to the
             common prefix before any normaliser.
         teacher_grad: also compute the teacher's gradients.
@@ -241,7 +242,9 @@ def _reduced(
     if reduction == "none":
         return loss.reshape(lead)
     if reduction == "mean":
-        return loss / (count(valid, lead, loss.device).clamp(min=1) if num_items is None else num_items)
+        if num_items is None:
+            return loss / count(valid, lead, loss.device).clamp(min=1)
+        return loss / (beside(num_items, loss.device) if isinstance(num_items, Tensor) else num_items)
     if reduction == "batchmean":
         return loss / max(lead[0] if len(lead) else 1, 1)
     return loss

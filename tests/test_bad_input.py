@@ -86,6 +86,11 @@ CASES = {
     "reduction": (lambda: call(reduction="avg"), ValueError, "reduction must be one of mean, sum"),
     "num_items with sum": (lambda: call(reduction="sum", num_items=3), ValueError, 'num_items goes with reduction="mean"'),
     "num_items 0": (lambda: call(num_items=0), ValueError, "num_items must be > 0"),
+    "num_items and temperature without values": (
+        lambda: [call(**{x: torch.ones((), device="meta")}) for x in ("num_items", "temperature")],
+        NotImplementedError,
+        "no data",
+    ),
     "num_items shape": (lambda: call(num_items=torch.ones(2)), ValueError, "num_items must be a number"),
     "backend name": (lambda: call(backend="cudnn"), ValueError, "backend must be one of cpu, triton, cuda, reference"),
     "backend absent": (lambda: call(backend="cuda"), kd.BackendUnavailable, "cuda: "),

@@ -54,6 +54,18 @@ def as_on_the_cpu(call, given: dict, trained: tuple[str, ...], dtype: torch.dtyp
         assert error(x, z) <= bar, f"{i}: error {error(x, z):.2e}, bar {bar:.2e}"
 
 
+def test_single_numbers_of_another_device():
+    """A trainer's count of items may be wherever it likes: the loss stays with the tokens."""
+    z, w = torch.randn(2, 5, 7, dtype=torch.float64).unbind()
+    here = kd.distill(z, w, kd.ForwardKL(), num_items=3, temperature=2.0, token_weight=0.5)
+    numbers = {"num_items": 3, "temperature": 2.0, "token_weight": 0.5}
+    for device, other in (("cpu", DEVICE), (DEVICE, "cpu")):
+        single = {name: torch.tensor(x, device=other) for name, x in numbers.items()}
+        loss = kd.distill(z.to(device), w.to(device), kd.ForwardKL(), **single)
+        assert loss.device.type == device
+        assert error(loss.cpu(), here) < 1e-12
+
+
 # --- losses of a loop -----------------------------------------------------------------------------------
 
 
