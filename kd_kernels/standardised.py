@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd_kernels.arguments import autocast_dtype
 from kd_kernels.dense_chunks import chunk_logits, rows_that_fit
+from kd_kernels.drivers.workspace import fresh
 from kd_kernels.ops.backward import once
 from kd_kernels.sources import Head, Source
 
@@ -156,7 +157,7 @@ class Standardised:
             for x, needed in zip(tensors, (False, *needs[1:]))
         ]
         if needs[0]:
-            results[0] = torch.empty_like(tensors[0])
+            results[0] = fresh(tensors[0].shape, tensors[0].dtype, tensors[0].device)
             others = torch.ones(len(tensors[0]), dtype=torch.bool, device=ids.device)
             results[0][others.index_fill_(0, self.picked, False)] = 0.0
         scratch = self.scratch(3)

@@ -1,6 +1,9 @@
 """Memory that a thread keeps between calls: never one that somebody still looks at."""
 
+import mmap
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +55,20 @@ def test_released_memory_is_not_lent_again():
     kd.release_workspace()
     del kept  # on loan while it was released: freed, not kept
     assert not vars(workspace._store).get("returned")
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system lends no huge pages")
+def test_gradients_of_logits_lie_in_huge_pages():
+    logits = torch.randn(9, 1 << 20).requires_grad_()  # 36 MiB
+    kd.distill(logits, torch.randn(9, 1 << 20), kd.ForwardKL()).backward()
+    middle, inside = logits.grad.data_ptr() + (16 << 20), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if place := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(place[1], 16) <= middle < int(place[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    pytest.fail("the gradient is in no mapping")
 
 
 def test_gradients_of_several_steps_at_once():

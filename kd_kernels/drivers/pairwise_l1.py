@@ -23,7 +23,7 @@ from kd_kernels.drivers.factor import common_factor
 from kd_kernels.drivers.gathered import new_job
 from kd_kernels.drivers.sides import HeadEnd, LogitsSide, Model
 from kd_kernels.drivers.tokens import Tokens
-from kd_kernels.drivers.workspace import Workspace, borrow, footprint
+from kd_kernels.drivers.workspace import Workspace, borrow, footprint, fresh
 from kd_kernels.gemm import as_matrix, matmul
 
 _GRANULE = 128  # slabs end at multiples of this where the budget allows
@@ -265,7 +265,7 @@ class _HeadSlabs(HeadEnd):
 
     def _result(self, like: Tensor) -> Tensor:
         """In the parameter's dtype: a slab's part is written once, so that nothing wider need be kept."""
-        return self.cleared(torch.empty(like.shape, dtype=like.dtype, device=like.device))
+        return self.cleared(fresh(like.shape, like.dtype, like.device))
 
     def room(self, width: int, needs: Sequence[bool]) -> int:
         """Bytes of workspace of a slab whose walk finds those gradients."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import triton_runtime
+from kd_kernels.drivers.workspace import fresh
 
 SLAB = 4 << 20  # elements: few enough pieces, each wakes the threads twice
 
@@ -13,7 +14,7 @@ SLAB = 4 << 20  # elements: few enough pieces, each wakes the threads twice
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * scale`` (0-d) as one fresh tensor in ``dtype``: scaling and casting never hold a third
     copy of a weight's gradient."""
-    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    out = fresh(gradient.shape, dtype, gradient.device)
     scale = scale.to(gradient.device)
     if gradient.is_cuda and gradient.is_contiguous() and not triton_runtime.why_not(gradient.device):
         triton_runtime.scale(gradient, scale, out)

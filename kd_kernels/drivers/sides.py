@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.drivers.tokens import Tokens
-from kd_kernels.drivers.workspace import Workspace, lend
+from kd_kernels.drivers.workspace import Workspace, fresh, lend
 from kd_kernels.gemm import as_matrix, matmul
 from kd_kernels.rows import Rows
 
@@ -203,8 +203,9 @@ class LogitsSide:
         self.grad_offsets: Optional[Tensor] = None
         if model.needs[0]:
             whole = tokens.rows is None and vocab == values.shape[-1]
-            make = torch.empty if whole else torch.zeros
-            self.grad = make(values.shape, dtype=values.dtype, device=values.device)
+            self.grad = fresh(values.shape, values.dtype, values.device)
+            if not whole:
+                self.grad.zero_()
             grad_offsets = offsets if values.is_contiguous() else _row_offsets(self.grad)
             self.grad_offsets = tokens.take(grad_offsets)
 
