@@ -116,8 +116,11 @@ def check_resources(
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     check_backend(backend)
-    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
-        raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
+    if workspace_bytes is not None:
+        if not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool):
+            raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
+        if workspace_bytes < 1:
+            raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(
             f"logits_dtype must be a torch.dtype such as torch.bfloat16, or None, got {logits_dtype!r}"

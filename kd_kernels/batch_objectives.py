@@ -14,6 +14,7 @@ from kd_kernels import rows as R
 from kd_kernels.arguments import check_per_token, outside_graphs, saveable
 from kd_kernels.logprobs import linear_logprobs
 from kd_kernels.objectives import Objective, SinkhornBatch
+from kd_kernels.ops.checks import IGNORED, check_range, checks_values
 from kd_kernels.ops.pairwise_l1 import pairwise_l1
 from kd_kernels.ops.row_divergence import ARGUMENTS
 from kd_kernels.regather import Gather, regathering_pairwise_l1
@@ -84,6 +85,8 @@ def sinkhorn_batch(
     if call["temperature_squared"] and call["student_temperature"].dim():
         raise ValueError("SinkhornBatch: temperature_squared needs one temperature, not one for each token")
     soft_weight, hard_weight = weights
+    hard = call["labels"] is not None and (hard_weight != 0 or call["parts"])
+    _check_labels(call, min(student.vocab_size, teacher.vocab_size) if hard else student.vocab_size)
     members = _members(call, None if groups is None else groups.reshape(-1), student.leading_shape.numel())
     cost = _costs(call, gathers, members, exact=groups is not None)
     transport, share = _transport(objective, cost, (members >= 0).to(cost.dtype), call, soft_weight != 0)
@@ -94,11 +97,11 @@ def sinkhorn_batch(
         student.leading_shape.numel(), R.TERM_COLUMNS, dtype=torch.float64, device=cost.device
     )
     read = _Reader(call, student, teacher)
-    if call["labels"] is not None and (hard_weight != 0 or call["parts"]):
-        hard = 0.0 - read.logprobs(call["labels"])
-        terms[:, R.HARD] = hard.detach()
+    if hard:
+        nll = 0.0 - read.logprobs(call["labels"])
+        terms[:, R.HARD] = nll.detach()
         if hard_weight != 0:
-            loss = loss + hard_weight * hard.sum()
+            loss = loss + hard_weight * nll.sum()
     if share is not None:
         rows = torch.where(members >= 0, share, 0.0).to(torch.float64)
         terms[:, R.SOFT].index_put_((members.clamp(min=0),), rows, accumulate=True)
@@ -109,6 +112,13 @@ def sinkhorn_batch(
 
 # How many groups there are, and how long, is for their values to say.
 grouped_sinkhorn_batch = outside_graphs(sinkhorn_batch)
+
+
+def _check_labels(call: dict, vocab: int) -> None:
+    """As the objectives of single tokens do; theirs is in an op, which a compiler does not look into."""
+    labels, valid = call["labels"], call["valid"]
+    if labels is not None and not torch.compiler.is_compiling() and checks_values(labels.device):
+        check_range("labels", labels[valid], vocab, otherwise=IGNORED)
 
 
 class _Reader:
@@ -128,7 +138,9 @@ class _Reader:
 
     def logprobs(self, labels: Tensor) -> Tensor:
         """``[N]``, 0 at tokens that do not count."""
-        labels = self._counted(labels.to(torch.int64))
+        labels = labels.to(torch.int64)
+        # A negative one would mean an unused id there: out of range it is refused, or NaN.
+        labels = self._counted(torch.where(labels < 0, self.student.vocab_size, labels))
         return linear_logprobs(self.student, labels, **self.resources).reshape(-1)
 
     def entropy(self, source: Source, temperature: Tensor) -> Tensor:

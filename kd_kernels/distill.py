@@ -244,7 +244,9 @@ def _reduced(
     if reduction == "mean":
         if num_items is None:
             return loss / count(valid, lead, loss.device).clamp(min=1)
-        return loss / (beside(num_items, loss.device) if isinstance(num_items, Tensor) else num_items)
+        if isinstance(num_items, Tensor):
+            num_items = saveable(beside(num_items, loss.device)).to(loss.dtype)
+        return loss / num_items
     if reduction == "batchmean":
         return loss / max(lead[0] if len(lead) else 1, 1)
     return loss
@@ -321,10 +323,15 @@ def _check_options(objective: Objective, reduction: str, num_items: Optional[Sca
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items must be a number or a 0-d tensor, got {tuple(num_items.shape)}")
+        if num_items.requires_grad and torch.is_grad_enabled():
+            raise ValueError("num_items requires grad, but is not differentiated; pass num_items.detach()")
         if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and not num_items > 0:
             raise ValueError(f"num_items must be > 0, got {num_items.item()}")
-    elif num_items is not None and not num_items > 0:
-        raise ValueError(f"num_items must be > 0, got {num_items}")
+    elif num_items is not None:
+        if not is_number(num_items):
+            raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
+        if not num_items > 0:
+            raise ValueError(f"num_items must be > 0, got {num_items}")
     check_vocab(vocab)
 
 

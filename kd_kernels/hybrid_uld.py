@@ -28,7 +28,7 @@ from kd_kernels.arguments import (
 from kd_kernels.dense_chunks import by_chunks, chunk_logits, chunks_of, wide_sums
 from kd_kernels.distill import distill
 from kd_kernels.objectives import JensenShannon, SortedWasserstein
-from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.checks import check_log_mass, checks_values
 from kd_kernels.sources import Source, as_source, result_dtype
 
 # A matched token's probability counts as at least this, as in TRL, and without gradient below.
@@ -171,7 +171,7 @@ def hybrid_uld(
         for name, x in (("student_log_mass", student_log_mass), ("teacher_log_mass", teacher_log_mass))
     ]
     chunks = [chunks_of(x, sum(sizes), dtype, workspace_bytes) for x in values]
-    kept = [x for x in (*student.tensors(), *teacher.tensors(), *masses) if x is not None]
+    kept = [x for x in (*student.tensors(), *teacher.tensors(), matches, *masses) if x is not None]
     found = by_chunks(terms, kept, *chunks, *(x.split(len(chunks[0][0]) or 1) for x in masses))
     loss = (found * found.new_tensor(weights)).sum(1)
     if token_weight is not None:
@@ -200,10 +200,13 @@ def _of_pairs(name: str, value: Scalar, lead: torch.Size, device: torch.device) 
     if not isinstance(value, Tensor):
         if not is_number(value):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        check_log_mass(name, value)
         return torch.full((lead.numel(),), float(value), dtype=torch.float64, device=device)
     if value.dim() > 0:
         check_per_token(name, value, lead, device)
-    return value.to(device).expand(lead).reshape(-1)
+    if checks_values(device):
+        check_log_mass(name, value.detach())
+    return saveable(value).to(device).expand(lead).reshape(-1)
 
 
 def _jensen_shannon(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:

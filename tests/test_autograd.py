@@ -21,6 +21,18 @@ def pair(dtype=torch.float64, seed=0, **shape):
     return batch, *(batch.source(side, "head", dtype, bias=True, **shape) for side in ("student", "teacher"))
 
 
+def test_a_count_of_inference_mode_or_of_another_dtype():
+    z, y = torch.randn(2, 4, 7).unbind()
+    z.requires_grad_()
+    with torch.inference_mode():
+        count = torch.tensor(3)
+    for number in (count, torch.tensor(3.0, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float16)):
+        loss = kd.distill(z, y, kd.ForwardKL(), num_items=number)
+        assert loss.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert torch.equal(gradient, torch.autograd.grad(kd.distill(z, y, kd.ForwardKL(), num_items=3), z)[0])
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     "wanted", list(itertools.product([False, True], repeat=6)), ids=lambda w: "".join("01"[x] for x in w)

@@ -189,14 +189,14 @@ def test_gradients_of_many_chunks_add_up_in_float32(dtype):
 
 
 @pytest.mark.parametrize("workspace", [None, 1], ids=["one chunk", "many"])
-@pytest.mark.parametrize("changed", ["h", "w", "b", "g", "v", "mass"])
+@pytest.mark.parametrize("changed", ["h", "w", "b", "g", "v", "mass", "matches"])
 def test_an_input_changed_in_place_is_noticed(changed, workspace):
     """The weights above all: a constant teacher's, after a step of its moving average, too."""
     h, w, b, g, v = (torch.randn(*shape) for shape in ((6, 3), (12, 3), (12,), (6, 4), (9, 4)))
-    mass = -torch.rand(6)
+    mass, matches = -torch.rand(6), torch.tensor([[0, 1], [3, 2]])
     h.requires_grad_()
     loss = kd.hybrid_uld(
-        kd.Head(h, w, b), kd.Head(g, v), torch.tensor([[0, 1], [3, 2]]),
+        kd.Head(h, w, b), kd.Head(g, v), matches,
         student_log_mass=mass, teacher_log_mass=mass.double(), workspace_bytes=workspace,
     )  # fmt: skip
     with torch.no_grad():
@@ -206,6 +206,25 @@ def test_an_input_changed_in_place_is_noticed(changed, workspace):
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("workspace", [None, 1], ids=["one chunk", "many"])
+def test_masses_of_inference_mode(workspace):
+    """As a teacher's are."""
+    z, w = torch.randn(6, 12).requires_grad_(), torch.randn(6, 9)
+    with torch.inference_mode():
+        mass = -torch.rand(6)
+    given = [mass, mass.clone()]
+    found = [
+        torch.autograd.grad(
+            kd.hybrid_uld(
+                z, w, torch.tensor([[0, 1], [3, 2]]), teacher_log_mass=x, workspace_bytes=workspace
+            ),
+            z,
+        )[0]
+        for x in given
+    ]
+    assert torch.equal(*found) and found[0].any()
 
 
 def test_no_tensor_holds_all_logits():
@@ -294,6 +313,8 @@ Z, Y, PAIRS = torch.randn(3, 7), torch.randn(3, 5), torch.tensor([[1, 2], [0, 4]
         ({"weights": 0.5}, ValueError, "weights must be two finite numbers"),
         ({"weights": (2.0, float("nan"))}, ValueError, "weights must be two finite numbers"),
         ({"student_log_mass": Z[0]}, ValueError, "student_log_mass must have the leading shape"),
+        ({"student_log_mass": 0.5}, ValueError, "student_log_mass must be <= 0, the logarithm of a mass"),
+        ({"teacher_log_mass": torch.full((3,), 0.5)}, ValueError, "teacher_log_mass must be <= 0"),
         ({"teacher_log_mass": "0"}, TypeError, "teacher_log_mass must be a number or a tensor, got str"),
     ],
 )

@@ -99,3 +99,22 @@ def test_phases_can_run_apart(backend):
         for other in results[1:]:
             for x, y in zip(results[0], other):
                 assert error(x, y) < 2e-6, objective
+
+
+@pytest.mark.parametrize("objective", [kd.ForwardKL(), kd.ReverseKL(), kd.WeightedKL(0.5, 2.0)], ids=repr)
+def test_a_saved_vocabulary_named_as_a_whole_is_the_dense_one(objective):
+    """What it leaves is nothing, though its probabilities add up to 1 but for rounding; and it may name
+    tokens whose probabilities float64 does not have."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        z, y = torch.randn(2, 4, 5, dtype=torch.float64, generator=generator).unbind()
+        y[:2] *= 5
+        y[3] *= 500
+        ids = torch.rand(4, 5, generator=generator).argsort(1)
+        logprobs = y.log_softmax(-1).gather(1, ids)
+        dense = dense_distill(z, y, objective, reduction="none")
+        for missing in ("tail", "renorm_both", "teacher_renorm"):
+            if missing == "teacher_renorm" and objective.name != "forward_kl":
+                continue
+            found = dense_distill(z, kd.SparseTarget(ids, logprobs, missing), objective, reduction="none")
+            torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)

@@ -381,6 +381,17 @@ REFUSED = {
         ValueError,
         "workspace_bytes=10",
     ),
+    **{
+        f"label {label}{', hard' if hard else ''}": (
+            lambda z, o, label=label, hard=hard: kd.distill(
+                z, z + 1, o, labels=torch.tensor([1, label, 2, -100]), hard_weight=hard
+            ),
+            ValueError,
+            rf"labels must be in \[0, 30\) or ignore_index .* got {label}",
+        )
+        for label in (-1, 30)
+        for hard in (0.0, 1.0)
+    },
     "epsilon": (lambda z, o: kd.SinkhornBatch(epsilon=0), ValueError, "epsilon must be finite and > 0"),
     "iterations": (lambda z, o: kd.SinkhornBatch(iterations=2.0), TypeError, "iterations must be an int"),
     "no iterations": (lambda z, o: kd.SinkhornBatch(iterations=0), ValueError, "iterations must be >= 1"),

@@ -351,6 +351,9 @@ def test_bad_masses_are_refused():
     batch, student, teacher = pair()
     with pytest.raises(ValueError, match="leading shape"):
         kd.distill(student, teacher, kd.SortedWasserstein(student_log_mass=torch.zeros(2)))
+    for positive in (0.5, torch.full(student.leading_shape, 0.5)):  # a probability, most likely
+        with pytest.raises(ValueError, match="student_log_mass must be <= 0, the logarithm of a mass"):
+            kd.distill(student, teacher, kd.SortedWasserstein(student_log_mass=positive))
     with pytest.raises(ValueError, match="NaN or infinity"):
         kd.distill(student, teacher, kd.SortedWasserstein(teacher_log_mass=-torch.inf))
     with pytest.raises(BackendUnavailable):

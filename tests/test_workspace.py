@@ -87,6 +87,54 @@ def test_gradients_of_several_steps_at_once():
             assert torch.equal(torch.autograd.grad(pending[i], weight, retain_graph=True)[0], alone[i])
 
 
+IDS = torch.randint(0, 300, (6,), generator=torch.Generator().manual_seed(0))
+# What leaves its gradients to the backward pass.
+DEFERRED = {
+    "log-probabilities": lambda head, other, size: kd.linear_logprobs(head, IDS, workspace_bytes=size),
+    "per token": lambda head, other, size: kd.distill(
+        head, other, kd.ForwardKL(), reduction="none", workspace_bytes=size
+    ),
+    "sorted": lambda head, other, size: kd.distill(
+        head, other, kd.SortedWasserstein(), reduction="none", workspace_bytes=size
+    ),
+    "sorted, top-K": lambda head, other, size: kd.distill(
+        head, other, kd.SortedWasserstein(8), reduction="none", workspace_bytes=size
+    ),
+    "of existing student logits": lambda head, other, size: kd.distill(
+        other, head, kd.JensenShannon(), reduction="none", teacher_grad=True, workspace_bytes=size
+    ),
+    "saved teacher": lambda head, other, size: kd.distill(
+        head, kd.SparseTarget(IDS[:, None], torch.full((6, 1), -0.5)), kd.ForwardKL(), reduction="none",
+        workspace_bytes=size,
+    ),
+    "batch": lambda head, other, size: kd.distill(
+        head, other, kd.SinkhornBatch(), labels=IDS, hard_weight=1.0, workspace_bytes=size
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", DEFERRED)
+def test_the_workspace_that_a_refusal_asks_for_does_for_both_passes(name, dtype):
+    hidden, weight = (torch.randn(n, 5, dtype=dtype).requires_grad_() for n in (6, 300))
+    other = torch.randn(6, 300, dtype=dtype)
+
+    def call(size):
+        return DEFERRED[name](kd.Head(hidden, weight), other, size)
+
+    size = 1
+    for _ in range(3):  # the distances of a batch first, then its cross-entropy
+        try:
+            found = call(size)
+        except ValueError as refusal:
+            size = int(re.search(r"at least (\d+) bytes", str(refusal))[1])
+    assert size > 1
+    for gradient in torch.autograd.grad(found.sum(), [hidden, weight]):
+        assert gradient.isfinite().all() and gradient.any()
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        call(size - 1)
+
+
 @pytest.mark.parametrize("vocabulary_major", [False, True])
 @pytest.mark.parametrize(
     "vocab, itemsizes", [(7, [8, 8]), (203, [4, 4]), (50257, [4, 2, 4]), (131072, [4, 4])]

@@ -21,8 +21,9 @@ _GRANULE = {"cpu": 32, "cuda": 128}
 class Side(Protocol):
     """One model's end of a walk."""
 
-    def buffer_itemsizes(self) -> list[int]:
-        """Of the tensors ``[tokens, vocab]`` that a chunk takes from the workspace."""
+    def buffer_itemsizes(self, later: bool = False) -> list[int]:
+        """Of the tensors ``[tokens, vocab]`` that a chunk takes from the workspace, in this walk or in the
+        one to come (:attr:`Model.later`)."""
         ...
 
 
@@ -37,11 +38,11 @@ def cut(
 ) -> tuple[int, int]:
     """(tokens per chunk, bytes of workspace that they take) of a walk over n tokens; ``beside`` is what a
     kernel takes for itself meanwhile, in bytes per token and vocabulary entry."""
-    itemsizes = [size for side in sides for size in side.buffer_itemsizes()]
+    itemsizes, later = ([size for side in sides for size in side.buffer_itemsizes(x)] for x in (False, True))
 
-    def room(tokens: int) -> int:
+    def room(tokens: int, sizes: Sequence[int] = itemsizes) -> int:
         shape = (vocab, tokens) if vocabulary_major else (tokens, vocab)
-        return sum(footprint(*shape, size) for size in itemsizes)
+        return sum(footprint(*shape, size) for size in sizes)
 
     budget = default_workspace(device) if workspace_bytes is None else workspace_bytes
     counted = [*itemsizes, beside] if beside else itemsizes
@@ -52,6 +53,7 @@ def cut(
         budget,
         lambda tokens: room(tokens) + beside * vocab * tokens,
         _GRANULE.get(device.type, 1),
+        least=room(1, later) + beside * vocab,
     )
     return rows, room(rows)
 
@@ -67,9 +69,16 @@ def default_workspace(device: torch.device) -> int:
 
 
 def chunk_rows(
-    n: int, vocab: int, itemsizes: list[int], budget: int, room: Callable[[int], int], granule: int
+    n: int,
+    vocab: int,
+    itemsizes: list[int],
+    budget: int,
+    room: Callable[[int], int],
+    granule: int,
+    least: int = 0,
 ) -> int:
-    """Tokens per chunk; ``room(c)`` is what a chunk of c tokens takes in the workspace, in bytes.
+    """Tokens per chunk; ``room(c)`` is what a chunk of c tokens takes in the workspace, in bytes. ``least``:
+    what a walk to come takes for one, so that no backward pass is refused after its forward.
 
     Every chunk reads and writes all of d weight once (8 V D bytes in float32) and computes
     2 C V D FLOPs into it, so the traffic per FLOP falls as 4/C: at C = 256 it costs tens of percent of
@@ -82,10 +91,10 @@ def chunk_rows(
         return max(1, n)
     # Fewer than the numbers alone would leave room for: rows are filled up to whole cache lines.
     most = bisect.bisect_right(range(budget // (vocab * sum(itemsizes)) + 1), budget, key=room) - 1
-    if most < 1:
+    if most < 1 or budget < least:
         raise ValueError(
             f"workspace_bytes={budget} holds less than one row of {vocab} logits; "
-            f"at least {room(1)} bytes are needed"
+            f"at least {max(room(1), least)} bytes are needed"
         )
     chunks = -(-n // most)
     even = -(-n // chunks)

@@ -30,6 +30,7 @@ class Model:
     softcap: float  # 0: none
     temperature: Number
     needs: tuple[bool, bool, bool]  # gradient of values, weight, bias
+    later: bool = False  # whether a walk to come finds gradients: it has to fit the workspace, too
 
     @property
     def token_count(self) -> int:
@@ -133,10 +134,10 @@ class HeadSide(HeadEnd):
             assert model.bias is not None
             self.d_bias = torch.zeros(model.bias.shape, dtype=self.wide, device=model.bias.device)
 
-    def buffer_itemsizes(self) -> list[int]:
+    def buffer_itemsizes(self, later: bool = False) -> list[int]:
         """Bytes per (token, vocabulary entry) of each workspace tensor."""
         sizes = [self.logits_dtype.itemsize]
-        if self.wants_gradient and not self.gradient_in_place:
+        if (self.wants_gradient or later and self.model.later) and not self.gradient_in_place:
             sizes.append(self.hidden.dtype.itemsize)
         return sizes
 
@@ -209,7 +210,7 @@ class LogitsSide:
             grad_offsets = offsets if values.is_contiguous() else _row_offsets(self.grad)
             self.grad_offsets = tokens.take(grad_offsets)
 
-    def buffer_itemsizes(self) -> list[int]:
+    def buffer_itemsizes(self, later: bool = False) -> list[int]:
         return [self.values.itemsize] if self.copy else []
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> Rows:

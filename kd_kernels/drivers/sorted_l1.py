@@ -103,7 +103,7 @@ class RankedSide:
     def __init__(self, target: Target, tokens: Tokens, top_k: int) -> None:
         self.target, self.tokens, self.top_k = target, tokens, top_k
 
-    def buffer_itemsizes(self) -> list[int]:
+    def buffer_itemsizes(self, later: bool = False) -> list[int]:
         return []
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> RankedRows:

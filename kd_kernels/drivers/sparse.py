@@ -66,7 +66,7 @@ class SparseSide:
     def __init__(self, target: Target, labels: Optional[Tensor], tokens: Tokens, vocab: int) -> None:
         self.target, self.labels, self.tokens, self.vocab = target, labels, tokens, vocab
 
-    def buffer_itemsizes(self) -> list[int]:
+    def buffer_itemsizes(self, later: bool = False) -> list[int]:
         return []
 
     def project(self, start: int, stop: int, workspace: Workspace, temperature: Tensor) -> SparseRows:

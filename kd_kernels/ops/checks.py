@@ -12,6 +12,7 @@ from kd_kernels.drivers.sides import Number
 from kd_kernels.drivers.tokens import Tokens
 
 IGNORED = " or ignore_index (-100 unless given)"
+_ROUNDED_MASS = 0.05  # what logarithms in bfloat16 may add up to
 
 
 def checks_values(device: torch.device) -> bool:
@@ -39,6 +40,14 @@ def check_temperatures_of(name: str, values: Tensor, tokens: Tokens, looks: bool
 def check_finite(name: str, values: Number) -> None:
     if not (math.isfinite(values) if isinstance(values, float) else bool(torch.isfinite(values).all())):
         raise ValueError(f"{name} holds NaN or infinity")
+
+
+def check_log_mass(name: str, values: Number) -> None:
+    """At most 0, or a little more from rounding. A mass of 0 and NaN are for others to judge."""
+    if isinstance(values, Tensor):
+        values = float(values.max()) if values.numel() else 0.0
+    if values > _ROUNDED_MASS:
+        raise ValueError(f"{name} must be <= 0, the logarithm of a mass of at most 1, got {values}")
 
 
 def check_range(name: str, values: Tensor, vocab: int, lowest: int = 0, otherwise: str = "") -> None:

@@ -32,6 +32,7 @@ def _unpack(call: dict, gradients: bool) -> LogprobProblem:
             softcap=softcap,
             temperature=call["temperature"],
             needs=tuple(call["needs"]) if gradients else (False, False, False),
+            later=any(call["needs"]),
         ),
         ids,
         call["entropy"],

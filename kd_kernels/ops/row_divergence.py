@@ -24,7 +24,14 @@ from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import Tokens
 from kd_kernels.objectives import CATALOGUE, SortedWasserstein
 from kd_kernels.ops.backward import DENSE, for_all_inputs, refuse_double_backward, save, saved, shapes_of
-from kd_kernels.ops.checks import IGNORED, check_finite, check_range, check_temperatures, checks_values
+from kd_kernels.ops.checks import (
+    IGNORED,
+    check_finite,
+    check_log_mass,
+    check_range,
+    check_temperatures,
+    checks_values,
+)
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 from kd_kernels.ops.sparse_checks import check_target, refuse_undefined
@@ -62,7 +69,7 @@ def _check_values(problem: Problem, call: dict) -> None:
         return
     scalars = call["scalars"].tolist()
     objective = CATALOGUE.get(call["objective"], SortedWasserstein)
-    called = (f"{objective.__name__}'s {name}" for name in objective.parameter_names)
+    called = [f"{objective.__name__}'s {name}" for name in objective.parameter_names]
     for name, value in (
         ("token_weight", call["token_weight"]),
         ("soft_weight", scalars[_SOFT]),
@@ -71,7 +78,10 @@ def _check_values(problem: Problem, call: dict) -> None:
     ):
         if value is not None:
             check_finite(name, of_counted(value))
-    if not problem.is_sorted:
+    if problem.is_sorted:
+        for name, value in zip(called, (problem.parameter0, problem.parameter1)):
+            check_log_mass(name, of_counted(value))
+    else:
         CATALOGUE[call["objective"]].check(call["parameter0"].tolist())
     if problem.target is not None:
         # The ids of a sorted teacher are of its own vocabulary, whose size nobody knows.
@@ -106,6 +116,7 @@ def _unpack(call: dict) -> Problem:
             softcap=scalars[2 * i + 1],
             temperature=_on_host(call[f"{side}_temperature"]),
             needs=needs[3 * i : 3 * i + 3],
+            later=any(needs[3 * i : 3 * i + 3]),
         )
         for i, side in enumerate(("student", "teacher"))
     ]

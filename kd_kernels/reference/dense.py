@@ -106,26 +106,31 @@ def sparse_divergence(
         ``[n]``, in the dtype of the logits.
     """
     used = target.ids >= 0
-    t = torch.where(used, target.logprobs.to(student.dtype), -torch.inf).exp()
+    given = torch.where(used, target.logprobs.to(student.dtype), -torch.inf)
     index = torch.where(used, target.ids.long(), 0)
-    p = torch.zeros_like(student).scatter_add(1, index, torch.where(used, t, 0.0))  # repeated ids add up
-    p = p ** (target.temperature / temperature[:, None])
+    # Repeated ids add up, each token's relative to its largest: some may be too small for anything else.
+    top = torch.full_like(student, -torch.inf).scatter_reduce(1, index, given.detach(), "amax")
+    top = torch.where(top == -torch.inf, 0.0, top)
+    relative = torch.zeros_like(student).scatter_add(1, index, (given - top.gather(1, index)).exp())
+    lp = (relative.log() + top) * (target.temperature / temperature[:, None])
     named = torch.zeros_like(student).scatter_add(1, index, used.to(student.dtype)) > 0
-    lq = student.log_softmax(-1)
+    lq, p = student.log_softmax(-1), lp.exp()
     if target.missing == "unnormalised":
-        return (torch.xlogy(p, p) - _xlogy(p, lq)).sum(-1)
+        return (_xlogy(p, lp) - _xlogy(p, lq)).sum(-1)
     if target.missing == "teacher_renorm":
-        return divergence(objective, student, (p / p.sum(-1, keepdim=True)).log())
+        return divergence(objective, student, lp)
     if target.missing == "renorm_both":
-        return divergence(objective, student.masked_fill(~named, -torch.inf), p.log())
+        return divergence(objective, student.masked_fill(~named, -torch.inf), lp)
     if isinstance(objective, SortedWasserstein):
         tail = 1 - p.sum(-1) if target.log_tail_mass is None else target.log_tail_mass.to(p.dtype).exp()
         return _sorted_l1(objective, lq.exp(), p, tail)
     # The outcomes one after the other, and last the sum over the tokens that are not named.
-    tail = (1 - p.sum(-1)).clamp(min=0).log() if target.log_tail_mass is None else target.log_tail_mass
     rest = lq.masked_fill(named, -torch.inf).logsumexp(-1)
+    tail = target.log_tail_mass
+    if tail is None:  # where the student has nothing else either, whatever the sum rounds to
+        tail = torch.where(rest == -torch.inf, 0.0, 1 - p.sum(-1)).clamp(min=0).log()
     lq = torch.cat([lq.masked_fill(~named, -torch.inf), rest[:, None]], -1)
-    lp = torch.cat([p.log(), tail.to(p.dtype)[:, None]], -1)
+    lp = torch.cat([lp, tail.to(p.dtype)[:, None]], -1)
     return divergence(objective, lq, lp)
 
 
