@@ -109,8 +109,9 @@ def byte_groups(student: Sequence, teacher: Sequence) -> list[Group]:
     """The finest groups of tokens in which two tokenizations of one text agree.
 
     Whichever side's token ends earlier goes on; a group ends where both end on the same byte, with all tokens
-    that end there: a tokenizer that cuts one character into several gives each of them its offsets. What is
-    left at the end is one more group. Groups without a token on one side are left out.
+    that end there: a tokenizer that cuts one character into several gives each of them its offsets. Tokens
+    without length after them belong to what follows. What is left at the end is one more group. Groups
+    without a token on one side are left out.
 
     Args:
         student, teacher: per token of the answer its length in bytes, or its ``(start, end)`` as tokenizers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
@@ -64,6 +66,19 @@ def _refuse_patched(owner: str, layers: set[nn.Module]) -> None:
                 f"{owner}: the output layer has a forward of its own instance, whose work on the logits "
                 f"would be ignored; take it off for the call, or {BY_HAND}"
             )
+        hooks = [hook for hook in layer._forward_hooks.values() if not _moves_weights_only(hook)]
+        if hooks:
+            warnings.warn(
+                f"{owner}: the output layer has a forward hook ({hooks[0]!r}), which is not called here. If "
+                f"it changes the logits, {BY_HAND}; if it only looks at them, all is well",
+                stacklevel=2,
+            )
+
+
+def _moves_weights_only(hook: Callable) -> bool:
+    """What shards or offloads: torch's FSDP2 and DTensor, DeepSpeed, accelerate."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return (getattr(function, "__module__", None) or "").split(".")[0] in ("torch", "deepspeed", "accelerate")
 
 
 def _not_linear(owner: str, layer: nn.Module) -> str:

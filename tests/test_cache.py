@@ -275,11 +275,61 @@ def test_processes_of_one_id(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def test_memory_that_the_caller_fills_anew(tmp_path):
+    """One set of buffers for all batches, before anything is flushed."""
+    written = records(3)
+    buffers = teacher(len(written["sequence 2"].lse), 0)
+    with create(tmp_path, shard_bytes=1 << 20) as writer:
+        for name, record in written.items():
+            part = len(record.lse)
+            for field in FIELDS:
+                getattr(buffers, field)[:part].copy_(getattr(record, field))
+            writer.append(name, buffers._replace(**{f: getattr(buffers, f)[:part] for f in FIELDS}))
+            for field in FIELDS:
+                getattr(buffers, field).fill_(1)
+    cache = kd.TeacherCache.open(tmp_path)
+    for name, record in written.items():
+        assert_same(cache[name], record)
+
+
+def _wait(connection) -> None:
+    connection.recv()
+
+
+def test_a_lock_ends_with_its_writer(tmp_path):
+    """Not with a process that was forked meanwhile, as a loader's workers are; and with a writer dropped."""
+    writer = create(tmp_path, rank=4)
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_wait, args=(theirs,))
+    child.start()
+    writer.close()
+    try:
+        dropped = create(tmp_path, rank=4)
+        del dropped
+        create(tmp_path, rank=4).close()
+    finally:
+        ours.send(None)
+        child.join()
+
+
+def _drop(writer) -> None:
+    """As a child's own end does."""
+    writer._unlock()
+
+
+def test_a_lock_is_not_a_child_s_to_end(tmp_path):
+    with create(tmp_path, rank=4) as writer:
+        child = multiprocessing.get_context("fork").Process(target=_drop, args=(writer,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        with pytest.raises(kd.CacheError, match="another writer"):
+            create(tmp_path, rank=4)
+
+
 def test_one_rank_has_one_writer(tmp_path):
     with create(tmp_path, rank=4):
-        with pytest.raises(
-            kd.CacheError, match="shards-00004.jsonl: another process is writing as this rank"
-        ):
+        with pytest.raises(kd.CacheError, match="shards-00004.jsonl: another writer is open as this rank"):
             create(tmp_path, rank=4)
     create(tmp_path, rank=4).close()
 
@@ -445,3 +495,6 @@ def test_command(tmp_path, capsys):
     (tmp_path / "manifest.json").unlink()
     assert main(["cache", "info", str(tmp_path)]) == 1
     assert "no manifest.json" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["cache", "info", str(tmp_path / "nowhere")])
+    assert "there is no such directory" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from caches import FIELDS, VOCAB, K, create, records, teacher, write
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import kd_kernels as kd
 from kd_kernels.cache.dataset import PadTogether, ResumableSampler, TeacherDataset
+from kd_kernels.cache.record import TeacherRecord
 
 pytest.importorskip("pyarrow", reason="a teacher cache is made of Arrow files")
 
@@ -68,6 +70,34 @@ def test_padding_does_not_count(joined):
         )
         torch.testing.assert_close(together, apart)
     assert batch["teacher"].ids.shape == (2, max(lengths), K)
+
+
+def test_an_item_s_own_mask_labels_and_integers():
+    def item(tokens, **more):
+        top = teacher(len(tokens), 0)
+        record = TeacherRecord(top.ids, top.logits, top.lse, top.log_tail_mass, None, 1.0)
+        return {"input_ids": tokens, "teacher": record, **more}
+
+    batch = PadTogether(pad_token_id=7)(
+        [
+            item([]),
+            item([1, 2], attention_mask=[1, 0], labels=None),
+            item(np.array([1, 2, 65535], np.uint16), attention_mask=torch.tensor([0, 1, 1])),
+            item([3, 4], labels=[-100, 9]),
+        ]
+    )
+    assert {batch[name].dtype for name in ("input_ids", "attention_mask", "labels")} == {torch.int64}
+    assert batch["input_ids"].tolist() == [[7, 7, 7], [1, 2, 7], [1, 2, 65535], [3, 4, 7]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100] * 3, [1, -100, -100], [-100, 2, 65535], [-100, 9, -100]]
+    with pytest.raises(TypeError, match="input_ids must be integers, got torch.float32"):
+        PadTogether()([item([1.0])])
+    with pytest.raises(ValueError, match="labels must have the 2 tokens of its item"):
+        PadTogether()([item([1, 2], labels=[1])])
+
+
+def test_any_seed():
+    assert sorted(ResumableSampler(5, rank=0, world_size=1, seed=2**45)) == list(range(5))
 
 
 def test_what_does_not_fit(joined):

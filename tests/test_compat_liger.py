@@ -323,6 +323,11 @@ REFUSED = {
     "none": (lambda: liger.LigerKLDIVLoss(reduction="none"), r"\[tokens, vocab\] terms"),
     "none, fused": (lambda: liger.LigerFusedLinearKLDivLoss("none"), r"\[tokens, vocab\] terms"),
     "none, TVD": (lambda: liger.LigerTVDLoss("none"), r"\[tokens, vocab\] terms"),
+    "leading shape": (
+        lambda: liger.LigerKLDIVLoss()(P[None].log(), P[None]),
+        r"y_pred must be \[N, V\], got",
+    ),
+    "NaN": (lambda: liger.LigerKLDIVLoss()(P.log(), P * torch.nan), "row of the target has no finite mass"),
     "reduction": (lambda: liger.LigerTVDLoss("average"), "reduction must be one of batchmean, mean, sum"),
     "labels": (lambda: liger.LigerJSD()(P.log(), P.log(), LABELS[:2]), "labels must have the leading shape"),
 }

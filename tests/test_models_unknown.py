@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from threading import Thread
 from types import SimpleNamespace
 
@@ -181,6 +183,22 @@ def patched() -> nn.Linear:
 def test_a_patched_forward_is_refused():
     with pytest.raises(ValueError, match="would be ignored"):
         kd.Head.from_model(with_layer(patched()), torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_hook_that_may_change_the_logits_is_named(partial):
+    def twice(module, inputs, output):
+        return 2 * output
+
+    model = Unknown()
+    handle = model.lm_head.register_forward_hook(functools.partial(twice) if partial else twice)
+    with pytest.warns(UserWarning, match="the output layer has a forward hook .*twice.* not called here"):
+        kd.Head.from_model(model, torch.randn(3, 8))
+    handle.remove()
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kd.Head.from_model(model, torch.randn(3, 8))
 
 
 def test_bad_inputs():

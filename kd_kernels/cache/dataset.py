@@ -104,7 +104,7 @@ class ResumableSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         order = torch.arange(self.size)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
             order = torch.randperm(self.size, generator=generator)
         rest = order[self.consumed :]
         mine = rest[: len(self) * self.world_size][self.rank :: self.world_size]
@@ -114,23 +114,50 @@ class ResumableSampler(Sampler):
 class PadTogether:
     """``collate_fn``: items of :class:`TeacherDataset` as one batch, padded on the right.
 
-    Gives ``input_ids`` ``[B, L]``, ``attention_mask``, ``labels`` (the item's, or its tokens; -100 where
-    padded), and ``teacher``, a :class:`TeacherRecord` ``[B, L]`` whose padding names no tokens. Mask it in
-    the loss: ``kd.distill(..., labels=kd.next_token_labels(batch["labels"]))``.
+    Gives ``input_ids`` ``[B, L]``, ``attention_mask`` (the item's, or all of its tokens), ``labels`` (the
+    item's, or the tokens that are attended to; -100 elsewhere), int64 all, and ``teacher``, a
+    :class:`TeacherRecord` ``[B, L]`` whose padding names no tokens. Mask it in the loss:
+    ``kd.distill(..., labels=kd.next_token_labels(batch["labels"]))``.
+
+    Raises (when called):
+        TypeError, ValueError: an item's tokens, mask or labels that are no integers, or not of one length.
     """
 
     def __init__(self, pad_token_id: int = 0, tokens_key: str = "input_ids") -> None:
         self.pad_token_id, self.tokens_key = pad_token_id, tokens_key
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        tokens = [torch.as_tensor(item[self.tokens_key]) for item in items]
-        labels = [torch.as_tensor(item.get("labels", own)) for item, own in zip(items, tokens)]
+        tokens, masks, labels = [], [], []
+        for item in items:
+            own = _integers(self.tokens_key, item[self.tokens_key])
+            mask, label = (_beside(own, item, name) for name in ("attention_mask", "labels"))
+            mask = torch.ones_like(own) if mask is None else mask
+            tokens.append(own)
+            masks.append(mask)
+            labels.append(own.masked_fill(mask == 0, -100) if label is None else label)
         return {
             self.tokens_key: _padded(tokens, self.pad_token_id),
-            "attention_mask": _padded([torch.ones_like(own) for own in tokens], 0),
+            "attention_mask": _padded(masks, 0),
             "labels": _padded(labels, -100),
             "teacher": stack([item["teacher"] for item in items]),
         }
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    found = torch.as_tensor(values)
+    if found.numel() and (found.dtype.is_floating_point or found.dtype.is_complex):
+        raise TypeError(f"{name} must be integers, got {found.dtype}")
+    return found.to(torch.int64)
+
+
+def _beside(tokens: Tensor, item: Mapping[str, Any], name: str) -> Optional[Tensor]:
+    """What the item has under ``name`` for each of its tokens."""
+    if item.get(name) is None:
+        return None
+    found = _integers(name, item[name])
+    if found.shape != tokens.shape:
+        raise ValueError(f"{name} must have the {len(tokens)} tokens of its item, got {tuple(found.shape)}")
+    return found
 
 
 def stack(records: Sequence[TeacherRecord]) -> TeacherRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import os
 import re
 import sys
@@ -51,7 +52,7 @@ class Manifest:
         _integer("samples", self.samples, 0, MOST_SAMPLES)
         _need(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         good = bool(self.temperatures) and all(
-            isinstance(t, (int, float)) and not isinstance(t, bool) and 0 < t <= sys.float_info.max
+            isinstance(t, numbers.Real) and not isinstance(t, bool) and 0 < t <= sys.float_info.max
             for t in self.temperatures
         )
         _need(good, "temperature", self.temperature, "a number > 0, or several")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,13 +51,13 @@ class CacheWriter:
             raise ValueError(f"shard_bytes must be in [1, {MOST_SHARD_BYTES}], got {shard_bytes}")
         self.path, self.manifest, self.rank, self.shard_bytes = path, manifest, rank, shard_bytes
         agree_on_manifest(path, manifest)
-        self._lock = _lock(journal_file(path, rank))
+        self._unlock = weakref.finalize(self, _unlock, _lock(journal_file(path, rank)), os.getpid())
         self._committed: set[str] = set()
         self._shards, self._end = 0, 0
         try:
             self._read_journals()
         except BaseException:  # nobody gets a writer to close
-            os.close(self._lock)
+            self._unlock()
             raise
         self._forget()
         self._progress = Progress(f"{path.name}, sequences", total)
@@ -84,7 +85,7 @@ class CacheWriter:
         self._append(_name(sequence_id), _columns(topk), topk.temperature)
 
     def _append(self, name: str, columns: Columns, temperature: object) -> None:
-        if self._lock is None:
+        if not self._unlock.alive:
             raise ValueError("this writer is closed")
         if name in self:
             raise ValueError(
@@ -150,13 +151,12 @@ class CacheWriter:
         self._forget()
 
     def close(self) -> None:
-        if self._lock is None:
+        if not self._unlock.alive:
             return
         try:
             self.flush()
         finally:
-            os.close(self._lock)
-            self._lock = None
+            self._unlock()
             self._progress.close()
 
     def __enter__(self) -> CacheWriter:
@@ -197,11 +197,23 @@ def _lock(journal: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise CacheError(
-            f"{journal}: another process is writing as this rank; give each writing process its own rank"
+            f"{journal}: another writer is open as this rank; give each writing process its own rank"
         ) from None
     except (ImportError, OSError):  # a system or file system without locks: the caller's ranks are trusted
         pass
     return descriptor
+
+
+def _unlock(descriptor: int, owner: int) -> None:
+    """Also where a child, forked while the writer was open, still has the descriptor; not by that child."""
+    if os.getpid() == owner:
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        except (ImportError, OSError):
+            pass
+    os.close(descriptor)
 
 
 def _serialised(manifest: Manifest, ids: list[str], lengths: list[int], rows: dict[str, Tensor]) -> Any:
@@ -250,7 +262,8 @@ def _rows(manifest: Manifest, name: str, columns: Columns, temperature: object) 
             rows[column] = rows[column].to(layout.columns(manifest)[column][0])
     if manifest.samples:
         rows.update(_draws(manifest, name, columns, length))
-    return {column: value.contiguous() for column, value in rows.items()}
+    # Copies: the caller may fill its memory anew before this is written.
+    return {column: value.clone(memory_format=torch.contiguous_format) for column, value in rows.items()}
 
 
 def _make_relative(manifest: Manifest, rows: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from kd_kernels.cache import CacheError, TeacherCache
@@ -45,6 +46,8 @@ def faults(cache: TeacherCache) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not Path(args.path).is_dir():
+        raise UsageError(f"{args.path}: there is no such directory")
     try:
         cache = TeacherCache.open(args.path)
     except ImportError as error:

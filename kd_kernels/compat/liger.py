@@ -15,6 +15,7 @@ from torch import Tensor
 from kd_kernels.compat._shared import check_reduction, reduced
 from kd_kernels.distill import distill
 from kd_kernels.objectives import ForwardKL, JensenShannon, TotalVariation
+from kd_kernels.ops.checks import checks_values
 from kd_kernels.sources import Head, Source, as_source
 
 __all__ = [
@@ -252,6 +253,8 @@ class LigerKLDIVLoss(torch.nn.KLDivLoss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """Student's log-probabilities ``[N, V]``, target probabilities (or log-probabilities) ``[N, V]``."""
+        if y_pred.dim() != 2:  # Liger's too: what a mean divides by would be in doubt
+            raise ValueError(f"{type(self).__name__}: y_pred must be [N, V], got {tuple(y_pred.shape)}")
         return _kl_of_target(
             type(self).__name__,
             as_source("y_pred", y_pred),
@@ -305,6 +308,9 @@ def _kl_of_target(
     check_reduction(owner, reduction)
     target = _wide(target.detach())
     log_p, mass = (target, target.exp().sum(-1)) if log_target else (target.log(), target.sum(-1))
+    counts = torch.ones_like(mass, dtype=torch.bool) if labels is None else labels != ignore_index
+    if checks_values(mass.device) and not mass[counts].isfinite().all():
+        raise ValueError(f"{owner}: a row of the target has no finite mass (a NaN, or entries too large?)")
     # sum p log(p / q) over a row p of mass M is M KL(p / M || q) + M log M. A row of weight 0 counts as 0.
     total = distill(
         student,
@@ -317,7 +323,6 @@ def _kl_of_target(
         teacher_temperature=1.0,
         reduction="sum",
     )
-    counts = torch.ones_like(mass, dtype=torch.bool) if labels is None else labels != ignore_index
     total = total + torch.where(counts, torch.special.xlogy(mass, mass), 0.0).sum()
     if reduction == "sum":
         return total
