@@ -227,15 +227,22 @@ class _Building:
 
 def _spans(name: str, tokens: Sequence) -> list[tuple[int, int]]:
     """(start, end) of each token."""
+    wrong = ValueError(f"{name} must hold lengths >= 0, or (start, end) pairs, one per token")
     tokens = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+    if not isinstance(tokens, list):  # a single number
+        raise wrong
     if all(isinstance(token, numbers.Integral) for token in tokens):
         ends = list(accumulate(int(token) for token in tokens))
-        return list(zip([0, *ends], ends))
-    if all(
+        spans = list(zip([0, *ends], ends))
+    elif all(
         isinstance(token, Sequence) and not isinstance(token, str) and len(token) == 2 for token in tokens
     ):
-        return [(int(start), int(end)) for start, end in tokens]
-    raise ValueError(f"{name} must hold lengths, or (start, end) pairs, one per token")
+        spans = [(int(start), int(end)) for start, end in tokens]
+    else:
+        raise wrong
+    if not all(0 <= start <= end for start, end in spans):
+        raise wrong
+    return spans
 
 
 def take_rows(source: Teacher, rows: Tensor) -> Teacher:

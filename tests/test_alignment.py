@@ -101,8 +101,11 @@ def test_by_position_up_to_the_shorter():
         (lambda: kd.align_tokens([[0]], [[0]], merge="first"), "observed, bayesian"),
         (lambda: kd.answer_rows(torch.ones(3)), r"bool \[B, T\]"),
         (lambda: kd.byte_groups([(0, 1, 2)], [1]), "student must hold lengths"),
+        (lambda: kd.byte_groups(torch.tensor(3), [3]), "student must hold lengths"),
+        (lambda: kd.byte_groups([3], [4, -1]), "teacher must hold lengths >= 0"),
+        (lambda: kd.byte_groups([3], [(3, 0)]), "teacher must hold lengths >= 0"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
