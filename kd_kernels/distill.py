@@ -106,7 +106,8 @@ def distill(
         reduction: ``"mean"``: sum / max(tokens that count, 1), or / ``num_items``; ``"sum"``;
             ``"batchmean"``: sum / size of the first dimension; ``"none"``: per token. The sum of an
             objective that couples tokens is that over its groups.
-        num_items: denominator of ``"mean"``, number or 0-d tensor, on any device (gradient accumulation).
+        num_items: > 0, denominator of ``"mean"``, number or 0-d tensor, on any device (gradient
+            accumulation). 0 is taken where no token counts.
         vocab: ``"error"`` refuses unequal vocabularies, ``"truncate"`` restricts both models to the
             common prefix before any normaliser.
         teacher_grad: also compute the teacher's gradients.
@@ -155,6 +156,7 @@ def distill(
         teacher = detached(teacher)
 
     valid = valid_tokens(labels, ignore_index, mask, lead, device)
+    _check_num_items(num_items, valid, lead)
     if labels is None and hard_weight != 0:
         raise ValueError(f"hard_weight={hard_weight} needs labels; pass labels=, or hard_weight=0")
     t_s = per_token("temperature", temperature, lead, device)
@@ -212,7 +214,9 @@ def distill(
     if ranked:
         per_token_weight = (x for x in (weight, t_s**2 if temperature_squared else None) if x is not None)
         loss = _through_masses(loss, objective, others[0], soft_weight, list(per_token_weight))
-    loss = _reduced(loss, reduction, num_items, valid, lead)
+    if reduction == "mean":
+        num_items = _denominator(num_items, valid, lead, loss)
+    loss = _reduced(loss, reduction, num_items, lead)
     if not return_parts:
         return loss
     bounds = None if objective.top_k is None else others[0][:, R.ERROR_BOUND]
@@ -235,18 +239,36 @@ def _through_masses(
     return loss
 
 
-def _reduced(
-    loss: Tensor, reduction: str, num_items: Optional[Scalar], valid: Optional[Tensor], lead: torch.Size
-) -> Tensor:
+def _denominator(
+    num_items: Optional[Scalar], valid: Optional[Tensor], lead: torch.Size, loss: Tensor
+) -> Scalar:
+    """Of a mean. Without any token that counts, a trainer may well have counted 0 items: then 1."""
+    if num_items is None:
+        return count(valid, lead, loss.device).clamp(min=1)
+    if isinstance(num_items, Tensor):
+        num_items = saveable(beside(num_items, loss.device)).to(loss.dtype)
+    if _on_host(num_items) and num_items > 0:
+        return num_items
+    if valid is None:
+        return num_items if lead.numel() else 1.0
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(loss.device)
+    return torch.where(valid.any(), num_items, 1.0)
+
+
+def _on_host(number: Scalar) -> bool:
+    """Whether it can be looked at: without waiting for a device, and within a graph being compiled."""
+    if not isinstance(number, Tensor):
+        return True
+    return number.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _reduced(loss: Tensor, reduction: str, denominator: Optional[Scalar], lead: torch.Size) -> Tensor:
     """From the op's loss, which is a sum unless it is per token."""
     if reduction == "none":
         return loss.reshape(lead)
     if reduction == "mean":
-        if num_items is None:
-            return loss / count(valid, lead, loss.device).clamp(min=1)
-        if isinstance(num_items, Tensor):
-            num_items = saveable(beside(num_items, loss.device)).to(loss.dtype)
-        return loss / num_items
+        return loss / denominator
     if reduction == "batchmean":
         return loss / max(lead[0] if len(lead) else 1, 1)
     return loss
@@ -311,6 +333,15 @@ class DistillationLoss(torch.nn.Module):
 # --- checks -------------------------------------------------------------------------------------------
 
 
+def _check_num_items(num_items: Optional[Scalar], valid: Optional[Tensor], lead: torch.Size) -> None:
+    """0 is what a trainer counts where no token does."""
+    if num_items is None or not _on_host(num_items) or num_items > 0:
+        return
+    nothing = lead.numel() == 0 or torch.compiler.is_compiling() or (valid is not None and not valid.any())
+    if not (num_items == 0 and nothing):
+        raise ValueError(f"num_items must be > 0, got {float(num_items)}; 0 is taken where no token counts")
+
+
 def _check_options(objective: Objective, reduction: str, num_items: Optional[Scalar], vocab: str) -> None:
     if not isinstance(objective, Objective):
         raise TypeError(
@@ -325,13 +356,8 @@ def _check_options(objective: Objective, reduction: str, num_items: Optional[Sca
             raise ValueError(f"num_items must be a number or a 0-d tensor, got {tuple(num_items.shape)}")
         if num_items.requires_grad and torch.is_grad_enabled():
             raise ValueError("num_items requires grad, but is not differentiated; pass num_items.detach()")
-        if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and not num_items > 0:
-            raise ValueError(f"num_items must be > 0, got {num_items.item()}")
-    elif num_items is not None:
-        if not is_number(num_items):
-            raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
-        if not num_items > 0:
-            raise ValueError(f"num_items must be > 0, got {num_items}")
+    elif num_items is not None and not is_number(num_items):
+        raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
     check_vocab(vocab)
 
 

@@ -33,6 +33,24 @@ def test_a_count_of_inference_mode_or_of_another_dtype():
         assert torch.equal(gradient, torch.autograd.grad(kd.distill(z, y, kd.ForwardKL(), num_items=3), z)[0])
 
 
+@pytest.mark.parametrize("number", [0, 0.0, torch.tensor(0)], ids=repr)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_count_of_no_items(compiled, number):
+    """As a trainer gives, where all of a batch is ignored: a loss of 0, and no NaN in a weight."""
+
+    def loss(hidden, weight, labels, count):
+        head, teacher = kd.Head(hidden, weight), hidden[..., :1] + weight[:, 0]
+        return kd.distill(head, teacher, JS, labels=labels, num_items=count)
+
+    call = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    hidden, weight = torch.randn(2, 3, 5).requires_grad_(), torch.randn(9, 5).requires_grad_()
+    found = call(hidden, weight, torch.full((2, 3), -100), number)
+    assert found == 0 and not any(x.any() for x in torch.autograd.grad(found, [hidden, weight]))
+    if not compiled:
+        with pytest.raises(ValueError, match="num_items must be > 0, got 0.0; 0 is taken where no token"):
+            call(hidden, weight, torch.tensor([[-100, -100, -100], [-100, 4, -100]]), number)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     "wanted", list(itertools.product([False, True], repeat=6)), ids=lambda w: "".join("01"[x] for x in w)

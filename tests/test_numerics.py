@@ -34,6 +34,23 @@ def test_near_agreement(objective, layout, backend):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+def test_an_entropy_is_of_its_own_side_alone(objective, backend):
+    """Whatever the other one holds."""
+    clean = torch.randn(2, 3, 40)
+    spoilt = clean.clone()
+    spoilt[0, 0, 3], spoilt[0, 1, 5] = NAN, INF
+
+    def entropies(first, second):
+        call = kd.distill(first, second, objective, return_parts=True, backend=backend, compact=False)
+        return call[1].student_entropy, call[1].teacher_entropy
+
+    own, other = entropies(*clean)
+    assert torch.equal(entropies(*spoilt)[1], other)
+    assert torch.equal(entropies(clean[1], spoilt[0])[0], entropies(clean[1], clean[0])[0])
+    assert own.isfinite().all() and not entropies(*spoilt)[0][:2].isfinite().any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
 def test_gradient_near_agreement(objective, backend):
     teacher = torch.randn(2, 32000) * 3
     student = teacher + 1e-3 * torch.randn(2, 32000)
@@ -310,6 +327,23 @@ def test_a_weight_of_zero_silences_an_infinite_divergence(weights, backend):
     want = divergence(objective, student.double(), teacher.double())
     assert error(ours, want) < 1e-5 and all(torch.isfinite(g).all() for g in grads)
     assert error(divergence(kd.WeightedKL(*weights), student.double(), teacher.double()), want) < 1e-12
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, **IDS)
+def test_a_soft_weight_of_zero_silences_an_infinite_divergence(objective, backend):
+    student, teacher = torch.randn(2, 2, 17)
+    teacher[0, 4] = student[1, 4] = -torch.inf
+    student.requires_grad_()
+    teacher.requires_grad_()
+    labels, given = torch.tensor([3, 0]), [student, teacher]
+    loss = kd.distill(
+        student, teacher, objective, labels=labels, hard_weight=1.0, soft_weight=0.0, teacher_grad=True,
+        backend=backend,
+    )  # fmt: skip
+    ours, others = torch.autograd.grad(loss, given)
+    hard = torch.nn.functional.cross_entropy(student, labels)
+    assert error(loss, hard) < 1e-6 and error(ours, torch.autograd.grad(hard, student)[0]) < 1e-6
+    assert not others.any()
 
 
 def test_models_of_different_dtypes(backend):

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import objectives  # noqa: F401  (the launcher reads its tables)
 from .elementary import exponential
-from .objectives import evaluate, larger_log
+from .objectives import evaluate, larger_log, times
 from .rows import (
     add_exp_block,
     load_block,
@@ -217,8 +217,9 @@ def row_divergence(
                     parts_t += tl.sum(part_t, 1)
                     mass_t += tl.sum(p, 1)
                 if ENTROPIES:
-                    entropy_s -= tl.sum(tl.where(q == 0.0, 0.0, q * log_q), 1)
-                    entropy_t -= tl.sum(tl.where(p == 0.0, 0.0, p * log_p), 1)
+                    # Not of p and q: what one side holds, NaN included, is no matter of the other's.
+                    entropy_s -= tl.sum(times(exponential(log_q), log_q), 1)
+                    entropy_t -= tl.sum(times(exponential(log_p), log_p), 1)
                 if FUSED:
                     if STUDENT_GRAD:
                         gradient = soft_gradient(part_s, q, mean_s, coefficient_s, STUDENT_SUM)

@@ -220,4 +220,6 @@ def dense_distill(
         return loss.sum()
     if reduction == "batchmean":
         return loss.sum() / lead[0]
-    return loss.sum() / (valid.sum().clamp(min=1) if num_items is None else num_items)
+    if num_items is None or not valid.any():
+        num_items = valid.sum().clamp(min=1)
+    return loss.sum() / num_items

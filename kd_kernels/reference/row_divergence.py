@@ -181,16 +181,19 @@ def row_divergence(job: R.RowJob, phases: int) -> None:
     soft, hard = job.soft_weight.to(dtype)[:, None], job.hard_weight.to(dtype)[:, None]
     dead = (soft == 0) & (hard == 0)
     if job.student.grad is not None:
-        g = soft / t_s[:, None] * (student - point.q * _mean(stats, R.SUM_STUDENT, R.MASS_STUDENT, dtype))
+        g = student - point.q * _mean(stats, R.SUM_STUDENT, R.MASS_STUDENT, dtype)
+        g = torch.where(soft == 0, 0.0, soft / t_s[:, None] * g)  # even where the divergence is infinite
         if job.labels is not None:
             hit = torch.arange(vocab, device=z_s.device) == job.labels[:, None]
             below_max = z_s - stats[:, R.MAX_STUDENT, None].to(dtype)
             q_hard = (below_max - stats[:, R.LOGZ_HARD, None].to(dtype)).exp()
             bad_label = torch.isnan(stats[:, R.LABEL_LOGIT, None])
-            g = g + hard * torch.where(bad_label, torch.nan, q_hard - hit.to(dtype))
+            of_label = torch.where(hard == 0, 0.0, hard * (q_hard - hit.to(dtype)))
+            g = g + torch.where(bad_label, torch.nan, of_label)
         _store(job.student, g, z_s, dead)
     if job.teacher.grad is not None:
-        g = soft / t_t[:, None] * (teacher - point.p * _mean(stats, R.SUM_TEACHER, R.MASS_TEACHER, dtype))
+        g = teacher - point.p * _mean(stats, R.SUM_TEACHER, R.MASS_TEACHER, dtype)
+        g = torch.where(soft == 0, 0.0, soft / t_t[:, None] * g)
         _store(job.teacher, g, z_t, dead)
 
 
