@@ -119,8 +119,8 @@ def check_resources(
     if workspace_bytes is not None:
         if not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool):
             raise TypeError(f"workspace_bytes must be an int or None, got {workspace_bytes!r}")
-        if workspace_bytes < 1:
-            raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
+        if workspace_bytes < 0:  # 0 does for logits that exist
+            raise ValueError(f"workspace_bytes must be >= 0, got {workspace_bytes}")
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(
             f"logits_dtype must be a torch.dtype such as torch.bfloat16, or None, got {logits_dtype!r}"

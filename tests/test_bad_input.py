@@ -99,7 +99,7 @@ CASES = {
         "num_items requires grad",
     ),
     "workspace_bytes True": (lambda: call(workspace_bytes=True), TypeError, "workspace_bytes must be an int"),
-    "workspace_bytes 0": (lambda: call(workspace_bytes=0), ValueError, "workspace_bytes must be > 0"),
+    "workspace_bytes -1": (lambda: call(workspace_bytes=-1), ValueError, "workspace_bytes must be >= 0"),
     "num_items shape": (lambda: call(num_items=torch.ones(2)), ValueError, "num_items must be a number"),
     "backend name": (lambda: call(backend="cudnn"), ValueError, "backend must be one of cpu, triton, cuda, reference"),
     "backend absent": (lambda: call(backend="cuda"), kd.BackendUnavailable, "cuda: "),
