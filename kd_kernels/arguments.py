@@ -231,13 +231,15 @@ def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) 
     if not (value.dtype.is_floating_point or value.dtype in (torch.int32, torch.int64)):
         raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
     if value.dim() == 0:
-        return beside(value.detach(), device).to(torch.float64)
+        return beside(name, value.detach(), device).to(torch.float64)
     check_per_token(name, value, lead, device)
     return value.detach().reshape(-1).to(torch.float64)
 
 
-def beside(value: Tensor, device: torch.device) -> Tensor:
+def beside(name: str, value: Tensor, device: torch.device) -> Tensor:
     """A 0-d tensor as work on ``device`` takes it: there, or on the CPU."""
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device and holds no number")
     return value if value.device.type == "cpu" else value.to(device)
 
 

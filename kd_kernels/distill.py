@@ -12,7 +12,6 @@ from kd_kernels import rows as R
 from kd_kernels.arguments import (
     Scalar,
     autocast_dtype,
-    beside,
     check_resources,
     check_sources,
     check_vocab,
@@ -31,12 +30,11 @@ from kd_kernels.batch_objectives import check_batch_options, grouped_sinkhorn_ba
 from kd_kernels.objectives import Objective, SinkhornBatch, SortedWasserstein
 from kd_kernels.ops.known_gradient import known_gradient
 from kd_kernels.ops.row_divergence import row_divergence
+from kd_kernels.reductions import check_num_items, check_reduction, reduced
 from kd_kernels.regather import gathers_of, regathering_row_divergence
 from kd_kernels.sources import Head, Source, SparseTarget, Teacher, as_source, as_teacher, result_dtype
 
 __all__ = ["BackendUnavailable", "DistillationLoss", "Parts", "distill", "next_token_labels"]
-
-REDUCTIONS = ("mean", "sum", "batchmean", "none")
 
 
 class Parts(NamedTuple):
@@ -139,7 +137,8 @@ def distill(
     """
     student, teacher = as_source("student", student), as_teacher(teacher)
     refuse_transforms("kd_kernels.distill", *student.tensors(), *teacher.tensors())
-    _check_options(objective, reduction, num_items, vocab)
+    _check_options(objective, vocab)
+    check_reduction(reduction, num_items)
     _check_types(soft_weight, hard_weight, ignore_index, backend, workspace_bytes, logits_dtype)
     lead, device = student.leading_shape, student.tensors()[0].device
     ranked = isinstance(objective, SortedWasserstein)
@@ -156,7 +155,7 @@ def distill(
         teacher = detached(teacher)
 
     valid = valid_tokens(labels, ignore_index, mask, lead, device)
-    _check_num_items(num_items, valid, lead)
+    check_num_items(num_items, valid, lead)
     if labels is None and hard_weight != 0:
         raise ValueError(f"hard_weight={hard_weight} needs labels; pass labels=, or hard_weight=0")
     t_s = per_token("temperature", temperature, lead, device)
@@ -214,9 +213,7 @@ def distill(
     if ranked:
         per_token_weight = (x for x in (weight, t_s**2 if temperature_squared else None) if x is not None)
         loss = _through_masses(loss, objective, others[0], soft_weight, list(per_token_weight))
-    if reduction == "mean":
-        num_items = _denominator(num_items, valid, lead, loss)
-    loss = _reduced(loss, reduction, num_items, lead)
+    loss = reduced(loss, reduction, num_items, valid, lead)
     if not return_parts:
         return loss
     bounds = None if objective.top_k is None else others[0][:, R.ERROR_BOUND]
@@ -236,41 +233,6 @@ def _through_masses(
             gradient = torch.where(weight == 0, 0.0, gradient * weight)
         term = known_gradient(mass.reshape(-1).to(torch.float64), gradient).to(loss.dtype)
         loss = loss + (term if loss.dim() else term.sum())
-    return loss
-
-
-def _denominator(
-    num_items: Optional[Scalar], valid: Optional[Tensor], lead: torch.Size, loss: Tensor
-) -> Scalar:
-    """Of a mean. Without any token that counts, a trainer may well have counted 0 items: then 1."""
-    if num_items is None:
-        return count(valid, lead, loss.device).clamp(min=1)
-    if isinstance(num_items, Tensor):
-        num_items = saveable(beside(num_items, loss.device)).to(loss.dtype)
-    if _on_host(num_items) and num_items > 0:
-        return num_items
-    if valid is None:
-        return num_items if lead.numel() else 1.0
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(loss.device)
-    return torch.where(valid.any(), num_items, 1.0)
-
-
-def _on_host(number: Scalar) -> bool:
-    """Whether it can be looked at: without waiting for a device, and within a graph being compiled."""
-    if not isinstance(number, Tensor):
-        return True
-    return number.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _reduced(loss: Tensor, reduction: str, denominator: Optional[Scalar], lead: torch.Size) -> Tensor:
-    """From the op's loss, which is a sum unless it is per token."""
-    if reduction == "none":
-        return loss.reshape(lead)
-    if reduction == "mean":
-        return loss / denominator
-    if reduction == "batchmean":
-        return loss / max(lead[0] if len(lead) else 1, 1)
     return loss
 
 
@@ -333,31 +295,11 @@ class DistillationLoss(torch.nn.Module):
 # --- checks -------------------------------------------------------------------------------------------
 
 
-def _check_num_items(num_items: Optional[Scalar], valid: Optional[Tensor], lead: torch.Size) -> None:
-    """0 is what a trainer counts where no token does."""
-    if num_items is None or not _on_host(num_items) or num_items > 0:
-        return
-    nothing = lead.numel() == 0 or torch.compiler.is_compiling() or (valid is not None and not valid.any())
-    if not (num_items == 0 and nothing):
-        raise ValueError(f"num_items must be > 0, got {float(num_items)}; 0 is taken where no token counts")
-
-
-def _check_options(objective: Objective, reduction: str, num_items: Optional[Scalar], vocab: str) -> None:
+def _check_options(objective: Objective, vocab: str) -> None:
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective must be an instance such as kd.ForwardKL() or kd.SkewKL(0.1), got {objective!r}"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f'num_items goes with reduction="mean" only, got reduction={reduction!r}')
-    if isinstance(num_items, Tensor):
-        if num_items.dim() != 0:
-            raise ValueError(f"num_items must be a number or a 0-d tensor, got {tuple(num_items.shape)}")
-        if num_items.requires_grad and torch.is_grad_enabled():
-            raise ValueError("num_items requires grad, but is not differentiated; pass num_items.detach()")
-    elif num_items is not None and not is_number(num_items):
-        raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
     check_vocab(vocab)
 
 

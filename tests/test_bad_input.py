@@ -86,11 +86,8 @@ CASES = {
     "reduction": (lambda: call(reduction="avg"), ValueError, "reduction must be one of mean, sum"),
     "num_items with sum": (lambda: call(reduction="sum", num_items=3), ValueError, 'num_items goes with reduction="mean"'),
     "num_items 0": (lambda: call(num_items=0), ValueError, "num_items must be > 0"),
-    "num_items and temperature without values": (
-        lambda: [call(**{x: torch.ones((), device="meta")}) for x in ("num_items", "temperature")],
-        NotImplementedError,
-        "no data",
-    ),
+    "num_items meta": (lambda: call(num_items=torch.ones((), device="meta")), ValueError, "num_items is on the meta device"),
+    "temperature meta": (lambda: call(temperature=torch.ones((), device="meta")), ValueError, "temperature is on the meta device"),
     "num_items text": (lambda: call(num_items="3"), TypeError, "num_items must be a number"),
     "num_items True": (lambda: call(num_items=True), TypeError, "num_items must be a number"),
     "num_items with gradient": (
