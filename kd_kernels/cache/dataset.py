@@ -130,7 +130,7 @@ class PadTogether:
         tokens, masks, labels = [], [], []
         for item in items:
             own = _integers(self.tokens_key, item[self.tokens_key])
-            mask, label = (_beside(own, item, name) for name in ("attention_mask", "labels"))
+            mask, label = (_per_token(own, item, name) for name in ("attention_mask", "labels"))
             mask = torch.ones_like(own) if mask is None else mask
             tokens.append(own)
             masks.append(mask)
@@ -150,7 +150,7 @@ def _integers(name: str, values: Any) -> Tensor:
     return found.to(torch.int64)
 
 
-def _beside(tokens: Tensor, item: Mapping[str, Any], name: str) -> Optional[Tensor]:
+def _per_token(tokens: Tensor, item: Mapping[str, Any], name: str) -> Optional[Tensor]:
     """What the item has under ``name`` for each of its tokens."""
     if item.get(name) is None:
         return None
