@@ -250,6 +250,14 @@ def test_half_steps_of_one_cost_are_a_launch_each():
     assert counts[1] - counts[0] == 2 * 20 and counts[0] <= 2 * 5 + 4
 
 
+def test_the_adjoint_of_one_cost_ends():
+    """Some 20 steps do, of the 1000 that it may take."""
+    cost, a = torch.rand(90, 70, device=DEVICE).requires_grad_(), torch.rand(20, 90, device=DEVICE).softmax(1)
+    options = {"epsilon": 0.1, "iterations": 20, "domain": "scaling"}
+    found = launches(lambda: step(kd.sinkhorn(cost, a, **options).transport_cost.sum(), cost))
+    assert ours(found)["half_step"] < 2 * 20 + 2 * 200
+
+
 def test_the_top_k_is_three_launches():
     """Of a chunk; here there is one."""
     call = topk(Inputs(TOKENS, VOCAB))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import problems as P
+from kd_kernels.convergence import Convergence
 from kd_kernels.drivers.ieee_products import ieee_products
 from kd_kernels.drivers.workspace import Workspace, borrow, footprint
 from kd_kernels.reference.sinkhorn import product_gap, sensitivities
@@ -138,6 +139,7 @@ class _Shared:
         u, done = torch.zeros_like(job.a), torch.zeros_like(job.a[:, 0], dtype=torch.bool)
         taken = torch.zeros_like(job.numbers[:, 0])
         lost, vanished = torch.zeros((), dtype=torch.bool, device=job.a.device), None
+        converged = Convergence()
         # Another epsilon is another kernel, and v the same potentials in another unit.
         before = float(job.epsilons[0])
         for step, epsilon in enumerate(job.epsilons.tolist()):
@@ -156,7 +158,7 @@ class _Shared:
             if job.looks(step):  # a / next_u is what the plan's rows sum to, per u
                 error = (u * (job.a / _without_zeros(next_u)) - job.a).abs().sum(1)
                 done = done | (error <= job.tolerance * job.a.sum(1))
-                if job.a.device.type == "cpu" and bool(done.all()):
+                if converged(done):
                     break
             next_v = self.product(kernel, next_u, job.b, True, True, of_columns, of_step[1])
             if job.tolerance > 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import problems as P
+from kd_kernels.convergence import Convergence
 
 _INF = float("inf")
 Product = Callable[[Tensor], Tensor]
@@ -76,7 +77,7 @@ def _solve(job: P.SinkhornJob) -> None:
     phi, psi = torch.full_like(log_a, -_INF), torch.where(job.b == 0, -_INF, 0.0).to(job.b.dtype)
     done = torch.zeros(job.a.shape[0], dtype=torch.bool, device=cost.device)
     taken = torch.zeros(job.a.shape[0], dtype=torch.float64, device=cost.device)
-    epsilons, mass = job.epsilons.tolist(), job.a.sum(1)
+    epsilons, mass, converged = job.epsilons.tolist(), job.a.sum(1), Convergence()
     for step, (before, epsilon) in enumerate(zip(epsilons[:1] + epsilons, epsilons)):
         psi = torch.where(done[:, None], psi, psi * (before / epsilon))  # the same potential in the new unit
         scaled = cost / epsilon
@@ -84,6 +85,8 @@ def _solve(job: P.SinkhornJob) -> None:
         if job.looks(step):
             error = ((phi + sums).exp() - job.a).abs().nan_to_num(0.0).sum(1)
             done = done | (error <= job.tolerance * mass)
+            if converged(done):
+                break
         new_phi = _step(log_a, sums)
         phi = torch.where(done[:, None], phi, new_phi)
         new_psi = _step(log_b, _log_sum(phi[:, :, None] - scaled, 1))
@@ -172,12 +175,13 @@ def sensitivities(
     direction, rho = preconditioned, (residual * preconditioned).sum(1)
     enough = rho * P.CG_TOLERANCE**2
     least = torch.finfo(rows.dtype).eps * 100
+    converged = Convergence()
     for _ in range(P.CG_STEPS):
         image = columns * direction - times_transposed(times(direction) * per_row)
         curvature = (direction * image).sum(1)
         # Along a constant there is none: only rounding is left there.
         active = (rho > enough) & (curvature > least * (columns * direction**2).sum(1))
-        if rho.device.type == "cpu" and not bool(active.any()):
+        if converged(~active):
             break
         alpha = torch.where(active, rho / torch.where(active, curvature, 1.0), 0.0)[:, None]
         y, residual = y + alpha * direction, residual - alpha * image
