@@ -41,7 +41,7 @@ class AlignedSide(Shown):
 
     def take_labels(self, labels: Tensor) -> Tensor:
         """``[P]``: labels, masks or weights ``[...]`` of the source's tokens, at the pairs' rows."""
-        return labels.reshape(-1)[self.rows.to(labels.device)]
+        return _at(labels.reshape(-1), self.rows)
 
     def log_mass(
         self, source: Source | Tensor, labels: Tensor, *, temperature: float = 1.0, **options
@@ -58,13 +58,13 @@ class AlignedSide(Shown):
             options: of :func:`kd_kernels.linear_logprobs`.
         """
         given = take_rows(as_teacher(source, "source"), self.given)
-        ids = labels.reshape(-1)[self.given.to(labels.device)]
+        ids = _at(labels.reshape(-1), self.given)
         return self._sum(linear_logprobs(given, ids, temperature=temperature, **options))
 
     def log_mass_of(self, logprobs: Tensor) -> Tensor:
         """The same from log-probabilities ``[...]`` of the labels, known already (a saved teacher's
         ``target_logprob``)."""
-        return self._sum(logprobs.reshape(-1)[self.given.to(logprobs.device)])
+        return self._sum(_at(logprobs.reshape(-1), self.given))
 
     def _sum(self, logprobs: Tensor) -> Tensor:
         floored = logprobs.clamp(min=math.log(_LEAST))
@@ -249,11 +249,7 @@ def take_rows(source: Teacher, rows: Tensor) -> Teacher:
     """The source of these tokens, counted through its leading dimensions."""
 
     def of(tensor: Tensor) -> Tensor:
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        looks = not torch.compiler.is_compiling() and not rows.is_cuda
-        if looks and rows.numel() and int(rows.max()) >= len(flat):
-            raise ValueError(f"row {int(rows.max())} of an alignment, but there are {len(flat)} tokens")
-        return flat.index_select(0, rows.to(tensor.device))
+        return _at(tensor.reshape(-1, tensor.shape[-1]), rows)
 
     if isinstance(source, Head):
         return Head(of(source.hidden), source.weight, source.bias, source.scale, source.softcap)
@@ -265,5 +261,13 @@ def take_rows(source: Teacher, rows: Tensor) -> Teacher:
         of(source.logprobs),
         source.missing,
         source.temperature,
-        None if tail is None else tail.reshape(-1)[rows.to(tail.device)],
+        None if tail is None else _at(tail.reshape(-1), rows),
     )
+
+
+def _at(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Of what there is for each token, flattened, that of these rows."""
+    looks = not torch.compiler.is_compiling() and not rows.is_cuda
+    if looks and rows.numel() and int(rows.max()) >= len(tokens):
+        raise ValueError(f"row {int(rows.max())} of an alignment, but there are {len(tokens)} tokens")
+    return tokens.index_select(0, rows.to(tokens.device))

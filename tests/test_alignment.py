@@ -264,7 +264,17 @@ def test_what_are_no_rows_is_refused(rows):
         kd.align_tokens([rows], [[0, 1]])
 
 
-def test_rows_beyond_the_tokens_are_named():
-    pairs = kd.align_tokens([[0, 7]], [[0, 1]])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda side: side.take(torch.randn(2, 2, 5)),
+        lambda side: side.take_labels(torch.zeros(2, 2)),
+        lambda side: side.log_mass_of(torch.zeros(2, 2)),
+        lambda side: side.log_mass(torch.randn(2, 4, 5), torch.zeros(2, 2, dtype=torch.int64)),
+    ],
+    ids=["take", "take_labels", "log_mass_of", "log_mass"],
+)
+def test_rows_beyond_the_tokens_are_named(call):
+    pairs = kd.align_tokens([[7, 7, 7]], [[0, 1]], [[([0, 1, 2], [0, 1])]])
     with pytest.raises(ValueError, match="row 7 of an alignment, but there are 4 tokens"):
-        pairs.student.take(torch.randn(2, 2, 5))
+        call(pairs.student)
