@@ -57,13 +57,19 @@ class AlignedSide(Shown):
             temperature: of the divergence.
             options: of :func:`kd_kernels.linear_logprobs`.
         """
-        given = take_rows(as_teacher(source, "source"), self.given)
+        source = as_teacher(source, "source")
+        if labels.shape != source.leading_shape:
+            raise ValueError(
+                f"labels must have the leading shape of the source, {tuple(source.leading_shape)}; got "
+                f"{tuple(labels.shape)}"
+            )
+        given = take_rows(source, self.given)
         ids = _at(labels.reshape(-1), self.given)
         return self._sum(linear_logprobs(given, ids, temperature=temperature, **options))
 
     def log_mass_of(self, logprobs: Tensor) -> Tensor:
         """The same from log-probabilities ``[...]`` of the labels, known already (a saved teacher's
-        ``target_logprob``)."""
+        ``target_logprob`` at one temperature); ``...`` are the tokens, all of them."""
         return self._sum(_at(logprobs.reshape(-1), self.given))
 
     def _sum(self, logprobs: Tensor) -> Tensor:
@@ -109,13 +115,15 @@ def byte_groups(student: Sequence, teacher: Sequence) -> list[Group]:
     """The finest groups of tokens in which two tokenizations of one text agree.
 
     Whichever side's token ends earlier goes on; a group ends where both end on the same byte, with all tokens
-    that end there: a tokenizer that cuts one character into several gives each of them its offsets. Tokens
-    without length after them belong to what follows. What is left at the end is one more group. Groups
-    without a token on one side are left out.
+    that end there: a tokenizer that cuts one character into several gives each of them its offsets. It does
+    not end within a character that the next token has begun with already. Tokens without length after them
+    belong to what follows. What is left at the end is one more group. Groups without a token on one side are
+    left out.
 
     Args:
         student, teacher: per token of the answer its length in bytes, or its ``(start, end)`` as tokenizers
-            give offsets (of the same text, in bytes or characters; both from the same origin).
+            give offsets (of the same text, in bytes or characters; both from the same origin). Offsets that
+            leave out spaces (``trim_offsets``) do not say whose these are; lengths do.
 
     Returns:
         Pairs of ranges of positions, for :func:`align_tokens`.
@@ -135,6 +143,8 @@ def byte_groups(student: Sequence, teacher: Sequence) -> list[Group]:
             for side, (span, end) in enumerate(zip(spans, ends)):
                 while at[side] < len(end) and span[at[side]][0] < span[at[side]][1] == own:
                     at[side] += 1
+            if any(_begins_before(own, *side) for side in zip(spans, at)):
+                continue
             groups.append((range(start[0], at[0]), range(start[1], at[1])))
             start = (at[0], at[1])
     groups.append((range(start[0], len(ends[0])), range(start[1], len(ends[1]))))
@@ -223,6 +233,13 @@ class _Building:
         return AlignedSide(
             *(torch.tensor(x, dtype=torch.int64) for x in (self.rows, self.given, self.given_pair))
         )
+
+
+def _begins_before(end: int, spans: list[tuple[int, int]], at: int) -> bool:
+    """Whether the next token with a length does: it has a part of the character that ends there."""
+    while at < len(spans) and spans[at][0] == spans[at][1]:
+        at += 1
+    return at < len(spans) and spans[at][0] < end
 
 
 def _spans(name: str, tokens: Sequence) -> list[tuple[int, int]]:

@@ -258,6 +258,22 @@ def test_a_character_of_several_tokens():
     assert [tuple(map(list, g)) for g in groups] == [([0, 1], [0, 1]), ([2], [2]), ([3], [3])]
 
 
+def test_a_group_does_not_end_within_a_character():
+    """Byte-level tokens of "na", i with two dots, "ve": one has a character's end and the next one."""
+    student, teacher = [(0, 1), (1, 3), (2, 4), (4, 5)], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    by_bytes = kd.byte_groups([1, 2, 2, 1], [1, 1, 2, 1, 1])
+    assert kd.byte_groups(student, teacher) == by_bytes
+    assert [tuple(map(list, group)) for group in by_bytes] == [([0], [0]), ([1, 2], [1, 2, 3]), ([3], [4])]
+
+
+def test_log_mass_wants_labels_like_the_source():
+    pairs = kd.align_tokens([[0, 1]], [[0, 1]], [[([0, 1], [0, 1])]])
+    with pytest.raises(
+        ValueError, match=r"labels must have the leading shape of the source, \(2, 3\); got \(2, 2\)"
+    ):
+        pairs.student.log_mass(torch.randn(2, 3, 5), torch.zeros(2, 2, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("rows", [torch.tensor([True, False]), [-100, 3], [0.5, 1.0], [[0, 1]]])
 def test_what_are_no_rows_is_refused(rows):
     with pytest.raises(ValueError, match="student_rows must hold row numbers"):
@@ -270,7 +286,7 @@ def test_what_are_no_rows_is_refused(rows):
         lambda side: side.take(torch.randn(2, 2, 5)),
         lambda side: side.take_labels(torch.zeros(2, 2)),
         lambda side: side.log_mass_of(torch.zeros(2, 2)),
-        lambda side: side.log_mass(torch.randn(2, 4, 5), torch.zeros(2, 2, dtype=torch.int64)),
+        lambda side: side.log_mass(torch.randn(2, 2, 5), torch.zeros(2, 2, dtype=torch.int64)),
     ],
     ids=["take", "take_labels", "log_mass_of", "log_mass"],
 )

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,26 @@ def vllm(table, tokens, json):
             else {i: SimpleNamespace(**v) for i, v in entry.items()}
         )
     return entries
+
+
+def test_the_realised_token_is_left_out_whatever_its_rank():
+    """It ties with the last of the k, or has its rank counted from 0, or none has a rank."""
+    for ranks in ((2, 1, 2), (2, 1, 1), (None, None, None)):
+        values = zip((9, 1, 2), (-1.5, -0.5, -1.5), ranks)
+        entry = {token: {"logprob": logprob, "rank": rank} for token, logprob, rank in values}
+        record = from_vllm([None, entry], 2)
+        assert record.ids.tolist() == [[1, 2], [-1, -1]]
+
+
+@pytest.mark.parametrize("objective", [kd.ReverseKL(), kd.ForwardKL(), kd.JensenShannon()])
+def test_a_sure_teacher_leaves_something(table, objective):
+    """Its first log-probability is 0 in float32, or above by rounding."""
+    student = torch.randn(2, VOCAB, requires_grad=True)
+    for sure in (0.0, 1e-4):
+        record = from_sglang([None, [[sure, 7], [-25.0, 3]]], K)
+        loss = kd.distill(student, record.target(), objective, mask=torch.tensor([True, False]))
+        (grad,) = torch.autograd.grad(loss, student)
+        assert loss.isfinite() and grad.isfinite().all() and grad[0].any()
 
 
 @pytest.mark.parametrize("json", [True, False])
@@ -112,6 +133,16 @@ def test_distillkit_exact(table, delta, rows):
     check(from_distillkit(row, config), table, rows=rows)
 
 
+def test_distillkit_slots_without_a_token_and_rows_of_pandas():
+    empty = torch.tensor([-1.0, -math.inf]).view(torch.uint8)
+    record = distillkit({"compressed_logprobs": [empty.tolist()]}, d=9)  # its id is 15
+    assert record.ids.tolist() == [[1, -1], [-1, -1]]
+    packed, values = (np.empty(1, dtype=object) for _ in range(2))
+    packed[0], values[0] = np.array([0x1F], dtype=np.uint8), empty.numpy()
+    record = distillkit({"bytepacked_indices": packed, "compressed_logprobs": values}, d=9)
+    assert record.ids.tolist() == [[1, -1], [-1, -1]]
+
+
 def test_distillkit_polynomial_and_bins():
     """Values built from the parts that are stored, so that they are exact."""
     k, rows = 9, 3
@@ -162,7 +193,12 @@ def test_distillkit_polynomial_and_bins():
 
 
 def axolotl(**changes):
-    row = {"target_token_ids": [[1, 2]], "target_logprobs": [[-1.0, -2.0]], "target_mask": [[1, 1]]}
+    """Two tokens, of which the second one's distribution is there."""
+    row = {
+        "target_token_ids": [[1, 2], [0, 0]],
+        "target_logprobs": [[-1.0, -2.0], [-1e9, -1e9]],
+        "target_mask": [[1, 1], [0, 0]],
+    }
     return from_axolotl({**row, **changes}, 2)
 
 
@@ -200,12 +236,15 @@ def test_the_rows_below_are_right_but_for_one_thing():
         (lambda: from_vllm([None, [3]], 2), r"prompt_logprobs\[1\] is not a mapping"),
         (
             lambda: from_vllm([None, {-5: {"logprob": -1.0, "rank": 1}}], 2),
-            "at position 0 that are none",
+            r"\[1\] has ids or log-probabilities that are none",
         ),
-        (lambda: from_sglang([None, [[1.5, 3, None]]], 2), "at position 0 that are none"),
+        (
+            lambda: from_sglang([None, [[1.5, 3, None]]], 2),
+            r"\[1\] has ids or log-probabilities that are none",
+        ),
         (
             lambda: from_sglang([None, [[-1.0, 3], [-2.0, 4], [-3.0, 5]]], 2),
-            "3 tokens at position 0, and k is 2",
+            r"input_top_logprobs\[1\] has 3 tokens, and k is 2",
         ),
         (lambda: from_sglang([None, "ab"], 2), r"input_top_logprobs\[1\] is not a list"),
         (lambda: from_vllm(None, 2), "prompt_logprobs is NoneType, not a list"),
@@ -215,19 +254,37 @@ def test_the_rows_below_are_right_but_for_one_thing():
         ),
         (
             lambda: from_vllm([None, {1: {"logprob": math.nan, "rank": 1}}], 2),
-            "at position 0 that are none",
+            r"\[1\] has ids or log-probabilities that are none",
         ),
         (
             lambda: from_vllm([None, {i: {"logprob": -1.0, "rank": 1} for i in ("1", "01")}], 2),
-            "prompt_logprobs has a token twice at position 0",
+            r"prompt_logprobs\[1\] has a token twice",
         ),
         (lambda: from_vllm([None], 0), "k must be an integer >= 1, got 0"),
+        (
+            lambda: from_vllm([None, {1: {"logprob": -1.0, "rank": 1}}], None),
+            "k must be an integer >= 1, got None",
+        ),
         (lambda: from_vllm([None], 2, temperature=-1.0), "temperature must be a number > 0, got -1.0"),
+        (lambda: from_sglang([None], 2, temperature="1"), "temperature must be a number > 0, got '1'"),
         (lambda: axolotl(target_token_ids=None), "target_token_ids is NoneType, not a list"),
-        (lambda: axolotl(target_token_ids=[None]), r"target_token_ids\[0\] or what belongs to it"),
-        (lambda: axolotl(target_token_ids=[["x", 1]]), r"target_token_ids\[0\] or what belongs to it"),
-        (lambda: axolotl(target_mask=[[1]]), r"target_mask\[0\] does not have the length"),
+        (lambda: axolotl(target_token_ids=[None, [0, 0]]), r"target_token_ids\[0\] or what belongs to it"),
+        (
+            lambda: axolotl(target_token_ids=[["x", 1], [0, 0]]),
+            r"target_token_ids\[0\] or what belongs to it",
+        ),
+        (lambda: axolotl(target_mask=[[1], [0, 0]]), r"target_mask\[0\] does not have the length"),
         (lambda: axolotl(target_mask=[]), "do not have as many rows"),
+        (
+            lambda: axolotl(target_mask=[[1, 1], [1, 0]]),
+            r"target_mask\[1\] .* nothing comes after it: .* earlier axolotl",
+        ),
+        (
+            lambda: axolotl(labels=[3, -100]),
+            r"target_mask\[0\] counts a row of token 1, but labels\[1\] is -100",
+        ),
+        (lambda: axolotl(labels=[3]), "labels has 1 tokens and target_token_ids 2 rows"),
+        (lambda: from_axolotl(None, 2), "row is NoneType, not a mapping of columns"),
         (lambda: distillkit(d=0), "not DistillKit's: ValueError d = 0"),
         (lambda: distillkit(exact_k=None), "config is not DistillKit's: TypeError"),
         (lambda: distillkit(exact_dtype="int8"), "dtype 'int8' is none of float16"),

@@ -1,21 +1,23 @@
 """What teachers emit today, as records that :meth:`CacheWriter.append` takes.
 
 All hold log-probabilities of some tokens at one temperature, so ``lse`` is 0, and the tail is what is left
-of 1. Row j of a record is the distribution after token j, of token j + 1, whatever the source counts from. A
-row of which nothing is known has no ids; mask it.
+of 1, as far as float32 can tell. Row j of a record is the distribution after token j, of token j + 1,
+whatever the source counts from. A row of which nothing is known has no ids; mask it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from kd_kernels.arguments import is_number
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.record import TeacherRecord
+from kd_kernels.drivers.sparse import implied_log_tail
 
 _BITS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 _ROUNDED_UP = 1e-3  # a log-probability may be above 0 by rounding
@@ -29,7 +31,8 @@ def from_vllm(
 
     Alignment: entry i is the distribution of token i after the tokens before it; entry 0 is None. So entry
     i + 1 becomes row i, and the last row is unknown. An entry has up to k + 1 tokens: the realised one is
-    added where it is not among the k, and left out here, or what is saved would depend on the data.
+    added where it is not among the k, and left out here, or what is saved would depend on the data. Its rank
+    says so, but not where it ties with the k-th: then the k largest are kept, ties by id.
 
     Args:
         prompt_logprobs: one mapping per token, ``{token id: {logprob, rank}}``.
@@ -39,16 +42,16 @@ def from_vllm(
     Raises:
         CacheError: an entry that is no such thing.
     """
+    _check_request(k, temperature)
     rows: list[list[Pair]] = []
     for place, entry in enumerate(_rows_of("prompt_logprobs", prompt_logprobs)):
         if entry is None:
             rows.append([])
             continue
         try:
-            found = [(_get(v, "rank"), int(token), float(_get(v, "logprob"))) for token, v in entry.items()]
-            rows.append(
-                [(token, logprob) for rank, token, logprob in found if rank is not None and rank <= k]
-            )
+            found = [(_get(v, "rank"), (int(token), float(_get(v, "logprob")))) for token, v in entry.items()]
+            row = [pair for rank, pair in found if rank is None or rank <= k]
+            rows.append(sorted(row, key=_descending)[:k] if len(row) == k + 1 else row)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise CacheError(
                 f"prompt_logprobs[{place}] is not a mapping of token ids to logprob and rank"
@@ -71,10 +74,11 @@ def from_sglang(
     Raises:
         CacheError: an entry that is no such thing.
     """
+    _check_request(k, temperature)
     rows: list[list[Pair]] = []
     for place, entry in enumerate(_rows_of("input_top_logprobs", input_top_logprobs)):
         try:
-            rows.append([(int(item[1]), float(item[0])) for item in entry or ()])
+            rows.append([(int(item[1]), float(item[0])) for item in (() if entry is None else entry)])
         except (TypeError, ValueError, IndexError, KeyError):
             raise CacheError(f"input_top_logprobs[{place}] is not a list of [logprob, id, text]") from None
     return _shifted("input_top_logprobs", rows, k, temperature)
@@ -84,9 +88,10 @@ def from_axolotl(row: Mapping[str, Any], k: int, temperature: float = 1.0) -> Te
     """A row of an axolotl KD data set as tokenised: ``target_token_ids``, ``target_logprobs``,
     ``target_mask``, each ``[L][k]``.
 
-    Alignment: already that of a record: row j is of token j + 1, and the last row is masked.
-    Log-probabilities there were normalised over the k: there is no tail, and
-    ``missing="renorm_both"`` is what axolotl trains.
+    Alignment: already that of a record: row j is of token j + 1, and the last row is masked. Earlier axolotl
+    put row j on token j itself; such rows are refused where they can be told: by a last row that is not
+    masked, or by the ``labels`` beside them. Log-probabilities were normalised over the k: there is no tail,
+    and ``missing="renorm_both"`` is what axolotl trains.
 
     Args:
         row: of the data set.
@@ -94,8 +99,11 @@ def from_axolotl(row: Mapping[str, Any], k: int, temperature: float = 1.0) -> Te
         temperature: axolotl's ``kd_temperature``, to which the values were brought.
 
     Raises:
-        CacheError: columns that do not fit together.
+        CacheError: columns that do not fit together, or are of token j.
     """
+    _check_request(k, temperature)
+    if not isinstance(row, Mapping):
+        raise CacheError(f"row is {type(row).__name__}, not a mapping of columns")
     names = ("target_token_ids", "target_logprobs", "target_mask")
     missing = [name for name in names if name not in row]
     if missing:
@@ -113,6 +121,7 @@ def from_axolotl(row: Mapping[str, Any], k: int, temperature: float = 1.0) -> Te
             ) from None
         if not fits:
             raise CacheError(f"target_mask[{place}] does not have the length of ids and log-probabilities")
+    _check_alignment(rows, row.get("labels"))
     return _record("target_token_ids", rows, k, temperature)
 
 
@@ -138,6 +147,7 @@ def from_distillkit(
     Raises:
         CacheError: a row or config that is not of this codec (the older ``packed_indices`` are not read).
     """
+    _check_temperature(temperature)
     try:
         d, k = int(config["d"]), int(config["k"])
         packed, values = _bytes(row["bytepacked_indices"]), _bytes(row["compressed_logprobs"])
@@ -157,13 +167,13 @@ def from_distillkit(
         raise CacheError(f"config is not DistillKit's: {type(error).__name__} {error}") from None
     if not bool((logprobs < _ROUNDED_UP).all()):
         raise CacheError("compressed_logprobs holds numbers that are no log-probabilities")
+    # A slot that the sampler could not fill has an id all the same, any id.
+    ids = torch.where(logprobs == -math.inf, -1, ids)
     if ids.numel() and int(ids.max()) >= d:
         raise CacheError(f"bytepacked_indices holds {int(ids.max())}, outside the vocabulary of {d}")
     pad = (0, 0, 0, length - len(ids))
     ids = torch.nn.functional.pad(ids.to(torch.int32), pad, value=-1)
-    logprobs = torch.nn.functional.pad(logprobs.float(), pad, value=-math.inf)
-    # A slot that the sampler could not fill has an id all the same.
-    return _finished(torch.where(logprobs == -math.inf, -1, ids), logprobs, temperature)
+    return _finished(ids, torch.nn.functional.pad(logprobs.float(), pad, value=-math.inf), temperature)
 
 
 # --- rows of pairs ------------------------------------------------------------------------------------
@@ -183,26 +193,54 @@ def _rows_of(name: str, value: Any) -> Sequence:
     return value
 
 
+def _descending(pair: Pair) -> tuple[float, int]:
+    return -pair[1], pair[0]
+
+
+def _check_request(k: int, temperature: float) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise CacheError(f"k must be an integer >= 1, got {k!r}")
+    _check_temperature(temperature)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not is_number(temperature) or not 0 < temperature < math.inf:
+        raise CacheError(f"temperature must be a number > 0, got {temperature!r}")
+
+
+def _check_alignment(rows: list[list[Pair]], labels: Optional[Sequence[int]]) -> None:
+    """Axolotl's: row j is of token j + 1, which has to be there and to be trained on."""
+    if labels is not None and len(labels) != len(rows):
+        raise CacheError(f"labels has {len(labels)} tokens and target_token_ids {len(rows)} rows")
+    for place, found in enumerate(rows):
+        last = place + 1 == len(rows)
+        if found and (last or labels is not None and int(labels[place + 1]) == -100):
+            what = "nothing comes after it" if last else f"labels[{place + 1}] is -100"
+            raise CacheError(
+                f"target_mask[{place}] counts a row of token {place + 1}, but {what}: rows seem to be of "
+                f"token j, as earlier axolotl wrote them; move the columns one row up, the last one masked"
+            )
+
+
 def _shifted(name: str, rows: list[list[Pair]], k: int, temperature: float) -> TeacherRecord:
     if rows and rows[0]:
         raise CacheError(f"{name}[0] is of the first token, which nothing comes before: it has to be None")
-    return _record(name, [*rows[1:], []][: len(rows)], k, temperature)
+    return _record(name, [*rows[1:], []][: len(rows)], k, temperature, begin=1)
 
 
-def _record(name: str, rows: Iterable[list[Pair]], k: int, temperature: float) -> TeacherRecord:
-    rows = list(rows)
-    if not isinstance(k, int) or k < 1:
-        raise CacheError(f"k must be an integer >= 1, got {k!r}")
+def _record(name: str, rows: list[list[Pair]], k: int, temperature: float, begin: int = 0) -> TeacherRecord:
+    """Of rows whose first one was ``name[begin]``."""
     ids = torch.full((len(rows), k), -1, dtype=torch.int32)
     logprobs = torch.full((len(rows), k), -math.inf)
     for place, row in enumerate(rows):
+        where = f"{name}[{place + begin}]"
         if len(row) > k:
-            raise CacheError(f"{name} has {len(row)} tokens at position {place}, and k is {k}")
-        row = sorted(row, key=lambda pair: (-pair[1], pair[0]))
+            raise CacheError(f"{where} has {len(row)} tokens, and k is {k}")
+        row = sorted(row, key=_descending)
         if not all(0 <= token < 1 << 31 and logprob < _ROUNDED_UP for token, logprob in row):
-            raise CacheError(f"{name} has ids or log-probabilities at position {place} that are none")
+            raise CacheError(f"{where} has ids or log-probabilities that are none")
         if len({token for token, _ in row}) != len(row):
-            raise CacheError(f"{name} has a token twice at position {place}")
+            raise CacheError(f"{where} has a token twice")
         if row:
             ids[place, : len(row)] = torch.tensor([pair[0] for pair in row], dtype=torch.int32)
             logprobs[place, : len(row)] = torch.tensor([pair[1] for pair in row])
@@ -211,10 +249,8 @@ def _record(name: str, rows: Iterable[list[Pair]], k: int, temperature: float) -
 
 def _finished(ids: Tensor, logprobs: Tensor, temperature: float) -> TeacherRecord:
     """The record whose ``logits / temperature - 0`` are the log-probabilities."""
-    if not 0 < temperature < math.inf:
-        raise CacheError(f"temperature must be a number > 0, got {temperature!r}")
     inside = torch.where(ids < 0, -math.inf, logprobs).double().exp().sum(-1)
-    tail = torch.log1p(-inside.clamp(max=1.0)).float()
+    tail = implied_log_tail(inside).float()
     lse = torch.zeros(len(ids))
     return TeacherRecord(ids, logprobs * temperature, lse, tail, None, float(temperature))
 
@@ -223,7 +259,12 @@ def _finished(ids: Tensor, logprobs: Tensor, temperature: float) -> TeacherRecor
 
 
 def _bytes(rows: Sequence[Sequence[int]]) -> Tensor:
-    found = torch.as_tensor(rows) if len(rows) else torch.empty(0, 0, dtype=torch.uint8)
+    # One by one, as pandas has them: an array of arrays.
+    found = (
+        torch.stack([torch.as_tensor(row) for row in rows])
+        if len(rows)
+        else torch.empty(0, 0, dtype=torch.uint8)
+    )
     if found.dim() != 2 or found.is_floating_point() or bool(((found < 0) | (found > 255)).any()):
         raise ValueError("bytes are integers from 0 to 255, as many in each row")
     return found.to(torch.uint8)
