@@ -344,12 +344,11 @@ def _check_ids(owner: str, ids: object) -> None:
 
 def target_of(saved: Any, missing: str, index: int) -> SparseTarget:
     """The top-K of a ``TopK`` or a ``TeacherRecord``, at its ``index``-th temperature."""
-    many = isinstance(saved.temperature, tuple)
-    temperatures = saved.temperature if many else (saved.temperature,)
-    if not 0 <= index < len(temperatures):
+    temperatures, many = _saved_at(saved.temperature), isinstance(saved.temperature, tuple)
+    if not isinstance(index, int) or not 0 <= index < len(temperatures):
         raise ValueError(
             f"index must be one of the {len(temperatures)} temperatures that were saved, counted from 0; got "
-            f"{index}"
+            f"{index!r}"
         )
     lse, tail = (x[..., index] if many else x for x in (saved.lse, saved.log_tail_mass))
     logprobs = saved.logits.to(lse.dtype) / temperatures[index] - lse[..., None]
@@ -360,8 +359,17 @@ def target_of(saved: Any, missing: str, index: int) -> SparseTarget:
 
 def sampled_of(ids: Tensor, counts: Tensor, temperature: Union[float, tuple[float, ...]]) -> SparseTarget:
     """Saved draws, which were made at the first temperature."""
-    first = temperature[0] if isinstance(temperature, tuple) else temperature
-    return SparseTarget.from_samples(ids, counts, first)
+    return SparseTarget.from_samples(ids, counts, _saved_at(temperature)[0])
+
+
+def _saved_at(temperature: Union[float, tuple[float, ...]]) -> tuple[float, ...]:
+    found = temperature if isinstance(temperature, tuple) else (temperature,)
+    if not all(isinstance(x, (int, float)) for x in found):
+        raise TypeError(
+            f"temperature must be a number or a tuple of them, got {temperature!r}, as collate functions "
+            f"make of several results; collate their tensors, and put a result's temperature back"
+        )
+    return found
 
 
 Source = Union[Head, Logits]

@@ -373,3 +373,14 @@ def test_opcheck_and_compile():
 def test_refusals(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make(torch.randn(3, 90))
+
+
+def test_what_a_collate_function_makes_of_results_is_named():
+    options = {"samples": 2, "targets": torch.tensor([1, 2, 3])}
+    saved = [kd.linear_topk(torch.randn(3, 9), 2, temperature=t, **options) for t in (1.0, 2.0)]
+    together = torch.utils.data.default_collate(saved)
+    for call in (together.target, together.sampled):
+        with pytest.raises(TypeError, match="temperature must be a number or a tuple of them, got tensor"):
+            call()
+    with pytest.raises(ValueError, match="index must be one of the 1 temperatures .* got 0.0"):
+        saved[0].target(index=0.0)
