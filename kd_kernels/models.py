@@ -105,9 +105,10 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
         model puts on hidden states before the output layer (MiniCPM, T5) is taken out; the head has it.
 
     Raises:
-        ValueError: ``labels``; a model compiled as a whole (compile its backbone instead); a model type of
-            which :meth:`Head.from_model` does not know what it does to hidden states; a call within another
-            on the same output layer, or beside one in another thread.
+        ValueError: ``labels``; a model compiled as a whole (compile its backbone instead); PEFT's
+            ``adapter_names`` with an adapted output layer, and X-LoRA; a model type of which
+            :meth:`Head.from_model` does not know what it does to hidden states; a call within another on
+            the same output layer, or beside one in another thread.
         TypeError: not such a model.
 
     The output layer's ``forward`` is replaced during the call: do not use one model in two threads, and
@@ -118,6 +119,7 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
     _refuse_labels(owner, inputs)
     causal, layer = _find(owner, model)
     _refuse_compiled(owner, model, causal)
+    _refuse_adapters(owner, model, layer, inputs.get("adapter_names"))
     factor = factors_of(owner, causal).hidden
     signature = inspect.signature(type(causal).forward)
     if inputs.get("use_cache") is None and "use_cache" in signature.parameters:
@@ -148,7 +150,28 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
     with _alone(owner, causal, layer):
         run = causal.forward
         with _replaced_forward(causal, forward):
-            return model(*args, **inputs)
+            found = model(*args, **inputs)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"{owner}: {type(model).__name__} gave a {type(found).__name__}: it calls "
+            f"{type(causal).__name__} past its forward, as PEFT's prompt learning and adaption prompts do; "
+            f"{BY_HAND}"
+        )
+    return found
+
+
+def _refuse_adapters(owner: str, model: nn.Module, layer: nn.Module, names: Any) -> None:
+    """What the head cannot know, and what cannot do without the model's own output."""
+    if names is not None and peft_class(layer) is not None:
+        raise ValueError(
+            f"{owner}: adapter_names picks an adapter for each sample, which Head.from_model does not do, "
+            f"and the output layer has adapters; make one call for each adapter, or leave the output layer "
+            f"out of their targets"
+        )
+    if any(type(module).__name__ == "XLoraModel" for module in model.modules()):
+        raise ValueError(
+            f"{owner}: PEFT's X-LoRA reads its model's own output, which is not there; {BY_HAND}"
+        )
 
 
 def _refuse_labels(owner: str, inputs: Mapping[str, Any]) -> None:

@@ -66,13 +66,15 @@ def _refuse_patched(owner: str, layers: set[nn.Module]) -> None:
                 f"{owner}: the output layer has a forward of its own instance, whose work on the logits "
                 f"would be ignored; take it off for the call, or {BY_HAND}"
             )
-        hooks = [hook for hook in layer._forward_hooks.values() if not _moves_weights_only(hook)]
-        if hooks:
-            warnings.warn(
-                f"{owner}: the output layer has a forward hook ({hooks[0]!r}), which is not called here. If "
-                f"it changes the logits, {BY_HAND}; if it only looks at them, all is well",
-                stacklevel=2,
-            )
+        for kind, hooks in (("hook", layer._forward_hooks), ("pre-hook", layer._forward_pre_hooks)):
+            what = "logits" if kind == "hook" else "hidden states"
+            for hook in hooks.values():
+                if not _moves_weights_only(hook):
+                    warnings.warn(
+                        f"{owner}: the output layer has a forward {kind} ({hook!r}), which is not called "
+                        f"here. If it changes the {what}, {BY_HAND}; if it only looks at them, all is well",
+                        stacklevel=2,
+                    )
 
 
 def _moves_weights_only(hook: Callable) -> bool:
@@ -122,7 +124,7 @@ def lora_features(hidden: Tensor, adapters: list[Lora], whole: Whole) -> Tensor:
         down = whole("lora_A", lora.down)
         low = nn.functional.linear(lora.dropout(hidden.to(down.dtype)), down) * lora.scaling
         features.append(low.to(hidden.dtype))
-    return torch.cat(features, -1)
+    return _beside(features)
 
 
 def lora_columns(
@@ -135,7 +137,13 @@ def lora_columns(
         if lora.up_bias is not None:
             shift = (whole("lora_B bias", lora.up_bias) * lora.scaling).to(weight.dtype)
             bias = shift if bias is None else bias + shift
-    return torch.cat(columns, 1), bias
+    return _beside(columns), bias
+
+
+def _beside(columns: list[Tensor]) -> Tensor:
+    """Of one dtype; autocast would look for a common one, and know none for the other 16-bit type."""
+    with torch.autocast(columns[0].device.type, enabled=False):
+        return torch.cat(columns, -1)
 
 
 # --- weights that are not whole, or not weights ---------------------------------------------------------

@@ -558,6 +558,32 @@ def test_other_trainers_are_refused():
     with pytest.raises(TypeError, match="must be a trl DistillationTrainer, got GKDTrainer"):
         compat.use_in_distillation(GKDTrainer)
 
+    class Elsewhere(trl.DistillationTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return torch.zeros(())
+
+    with pytest.raises(TypeError, match="Elsewhere.compute_loss is not that of DistillationTrainer"):
+        compat.use_in_distillation(Elsewhere)
+
+
+def test_a_student_that_is_its_own_teacher_keeps_its_dropout(tmp_path):
+    """TRL puts the teacher into evaluation after the student's forward."""
+    trainer = gkd_trainer(tmp_path, disable_dropout=False)
+    trainer.model.config.attention_dropout = 0.3
+    for layer in trainer.model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    trainer.teacher_model = trainer.model
+    inputs = first_batch(trainer)
+
+    def loss():
+        trainer.model.train()
+        torch.manual_seed(1)
+        return trainer.compute_loss(trainer.model, dict(inputs)).item()
+
+    dense = loss()
+    with compat.use_in_gkd(trainer):
+        assert dense > 1e-3 and loss() == pytest.approx(dense, rel=1e-5)
+
 
 def test_models_that_are_not_covered_are_refused(tmp_path):
     trainer = gkd_trainer(tmp_path)

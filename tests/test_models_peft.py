@@ -219,3 +219,64 @@ def test_refused_by_name(case):
     assert hidden.shape == (2, 8, 24)
     with pytest.raises(ValueError, match=words):
         kd.Head.from_model(model, hidden)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str
+)
+def test_autocast_to_the_other_16_bit_type(dtypes):
+    base, other = dtypes
+    model = adapted(lora("lm_head"), llama().to(base))
+    with torch.autocast("cpu", other):
+        found = kd.distill(head_of(model), torch.zeros(2, 8, VOCAB), kd.ForwardKL())
+        logits = model(input_ids=IDS).logits.float()
+    assert found.item() == pytest.approx(
+        kd.distill(logits, torch.zeros_like(logits), kd.ForwardKL()).item(), rel=0.05
+    )
+
+
+def two_adapters(*targets):
+    model = adapted(lora(*targets), name="one")
+    model.add_adapter("two", lora(*targets))
+    stir(model)
+    return model
+
+
+def test_an_adapter_for_each_sample():
+    names = ["two", "__base__"]
+    for model in (two_adapters("lm_head"), two_adapters("lm_head", "q_proj")):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match="adapter_names picks an adapter for each sample"),
+        ):
+            kd.last_hidden_state(model, input_ids=IDS, adapter_names=names)
+    below = two_adapters("q_proj")
+    with torch.no_grad():
+        found = logits_of(head_of(below, adapter_names=names))
+        assert error(found, below(input_ids=IDS, adapter_names=names).logits) < 2e-6
+        assert error(found, below(input_ids=IDS).logits) > 1e-3
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_what_goes_past_the_model_is_named(prompts):
+    if prompts:
+        model = adapted(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    else:
+        model = adapted(peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1))
+    with pytest.raises(
+        TypeError, match="gave a CausalLMOutputWithPast: it calls LlamaForCausalLM past its forward"
+    ):
+        if prompts:
+            with model.disable_adapter():
+                kd.last_hidden_state(model, input_ids=IDS)
+        else:
+            kd.last_hidden_state(model, input_ids=IDS)
+
+
+def test_xlora_is_named(tmp_path):
+    peft.get_peft_model(llama(), lora("q_proj", task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    base = llama(use_cache=False)
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=24, adapters={"0": str(tmp_path)})
+    model = peft.get_peft_model(base, config).eval()
+    with pytest.raises(ValueError, match="X-LoRA reads its model's own output"):
+        kd.last_hidden_state(model, input_ids=IDS)

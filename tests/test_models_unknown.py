@@ -195,7 +195,10 @@ def test_a_hook_that_may_change_the_logits_is_named(partial):
     with pytest.warns(UserWarning, match="the output layer has a forward hook .*twice.* not called here"):
         kd.Head.from_model(model, torch.randn(3, 8))
     handle.remove()
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: None)
+    handle = model.lm_head.register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.warns(UserWarning, match="forward pre-hook .* If it changes the hidden states"):
+        kd.Head.from_model(model, torch.randn(3, 8))
+    handle.remove()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kd.Head.from_model(model, torch.randn(3, 8))

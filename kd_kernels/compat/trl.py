@@ -249,17 +249,19 @@ def use_in_gkd(trainer_or_class: Any) -> Undo:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:  # the caller wants the logits themselves
             return dense(self, model, inputs, True, num_items_in_batch)
-        self.teacher_model.eval()
         seen = {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
         def loss(student: torch.nn.Module) -> Tensor:
-            with torch.no_grad():
-                target = last_hidden_state(self.teacher_model, **seen)
             hidden = last_hidden_state(student, **seen)
             # accelerate's mixed precision lives in the models' forward, outside which the heads are
             with self.accelerator.autocast():
+                student_head = Head.from_model(student, hidden)
+            self.teacher_model.eval()  # not before, as in the original: it may be the student
+            with torch.no_grad():
+                target = last_hidden_state(self.teacher_model, **seen)
+            with self.accelerator.autocast():
                 return generalized_jsd_loss(
-                    Head.from_model(student, hidden),
+                    student_head,
                     Head.from_model(self.teacher_model, target),
                     labels=next_token_labels(inputs["labels"]),
                     beta=self.beta,
@@ -288,7 +290,9 @@ def use_in_distillation(trainer_or_class: Any) -> Undo:
     _check_release("use_in_distillation")
     from trl import DistillationTrainer
 
-    _check_trainer("use_in_distillation", trainer_or_class, DistillationTrainer, ("_compute_loss",))
+    _check_trainer(
+        "use_in_distillation", trainer_or_class, DistillationTrainer, ("compute_loss", "_compute_loss")
+    )
     body = _original(DistillationTrainer, "_compute_loss")
     # The trainer's own method with one of its module's names bound anew: nothing else in TRL changes.
     names = {**body.__globals__, "_chunked_divergence_loss": chunked_divergence_loss}
