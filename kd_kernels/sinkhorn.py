@@ -138,6 +138,9 @@ def sinkhorn(
         raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
     epsilons = torch.cat([*(number(e)[None] for e in ahead), number(epsilon).expand(steps)])
     limit = 0.0 if exact else _TOLERANCES[state] if tolerance is None else tolerance
+    offset = _offset(cost, a, b)
+    if offset is not None:
+        cost = cost.to(state) - (offset[:, None, None] if cost.dim() == 3 else offset)
     phi, psi, transport, value, plan, found, *_ = _op(
         saveable(cost),
         saveable(a),
@@ -153,14 +156,22 @@ def sinkhorn(
     if gradient == "envelope":
         transport, plan = transport.detach(), plan.detach()
 
-    def potential(log_scaling: Tensor, mass: Tensor) -> Tensor:
-        return torch.where(mass == 0, 0.0, epsilon * (log_scaling - mass.log())).detach()
+    def potential(log_scaling: Tensor, mass: Tensor, more: Union[Tensor, float]) -> Tensor:
+        return torch.where(mass == 0, 0.0, epsilon * (log_scaling - mass.log()) + more).detach()
 
+    of_rows, of_columns = 0.0, 0.0
+    if offset is not None:
+        first, last = (b, a) if order == ORDERS[1] else (a, b)
+        # The plan has the last one's mass whatever the cost; the first one's potential takes the offset up.
+        transport, value = transport + offset * last.sum(1), value + offset * first.sum(1)
+        of_rows, of_columns = (0.0, offset[..., None]) if first is b else (offset[..., None], 0.0)
+        if gradient == "envelope":
+            transport = transport.detach()
     results = {
         "transport_cost": transport,
         "value": value,
-        "f": potential(phi, a),
-        "g": potential(psi, b),
+        "f": potential(phi, a, of_rows),
+        "g": potential(psi, b, of_columns),
         "marginal_error": found[:, P.ERROR].detach().to(state),
         "iterations": found[:, P.ITERATIONS].to(torch.int64),
         "product_gap": found[:, P.GAP].detach().to(state),
@@ -169,6 +180,35 @@ def sinkhorn(
     if single:
         results = {name: None if x is None else x[0] for name, x in results.items()}
     return Transport(**results)
+
+
+def _offset(cost: Tensor, a: Tensor, b: Tensor) -> Optional[Tensor]:
+    """``[B]``, of a shared cost 0-d: the least cost of a problem whose costs all lie further from 0 than from
+    each other, else 0; None where no problem is so. It moves no plan, and takes digits from potentials."""
+    if cost.numel() == 0 or len(a) == 0:
+        return None
+    cost = cost.detach()
+    looks = cost.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and bool((a > 0).all() & (b > 0).all()):
+        # Where a row's costs are not so, all of them are not.
+        row = cost[..., 0, :].to(a.dtype)
+        if not bool(_far(row.amin(-1), row.amax(-1), otherwise=True).any()):
+            return None
+    if cost.dim() == 3:
+        present = (a > 0)[:, :, None] & (b > 0)[:, None, :]
+    else:
+        present = (a > 0).any(0)[:, None] & (b > 0).any(0)
+    present = present & cost.isfinite()
+    least = torch.where(present, cost, torch.inf).flatten(-2).amin(-1).to(a.dtype)
+    most = torch.where(present, cost, -torch.inf).flatten(-2).amax(-1).to(a.dtype)
+    far = _far(least, most, otherwise=False)
+    return None if looks and not bool(far.any()) else torch.where(far, least, 0.0)
+
+
+def _far(least: Tensor, most: Tensor, otherwise: bool) -> Tensor:
+    """Whether what lies between is further from 0 than from each other; ``otherwise`` if one is no number."""
+    finite = least.isfinite() & most.isfinite()
+    return torch.where(finite, torch.minimum(least.abs(), most.abs()) > most - least, otherwise)
 
 
 def sinkhorn_divergence(
