@@ -124,8 +124,9 @@ def sinkhorn(
     a, b = _marginals(cost, (a, b), lengths, count, mass, state)
     if cost.dim() == 2 and single:
         cost = cost[None]
+    ahead = [float(e) for e in (() if epsilon_schedule is None else epsilon_schedule)]
     exact = tolerance is None and iterations is not None
-    if gradient == "unrolled" and (not exact or epsilon_schedule):
+    if gradient == "unrolled" and (not exact or ahead):
         raise ValueError(
             'gradient="unrolled" needs iterations= without tolerance= or epsilon_schedule=: it goes back '
             "through a fixed number of steps"
@@ -133,7 +134,6 @@ def sinkhorn(
     steps = _MOST_ITERATIONS if iterations is None else iterations
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"iterations must be an int > 0, got {iterations!r}")
-    ahead = [float(e) for e in epsilon_schedule or ()]
     if any(not 0 < e < float("inf") for e in ahead):
         raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
     epsilons = torch.cat([*(number(e)[None] for e in ahead), number(epsilon).expand(steps)])
@@ -286,7 +286,7 @@ def apart_from_nan(cost: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     lost = (~cost.isfinite() & present).flatten(1).any(1)
     held = torch.where(present, cost, 0.0).flatten(1).sum(1)
     solvable = torch.where(lost[:, None, None] | ~present, 0.0, cost)
-    return solvable, held * torch.where(lost, torch.nan, 0.0)
+    return solvable, held * torch.where(lost, torch.nan, 0.0).to(held.dtype)
 
 
 # --- checks -------------------------------------------------------------------------------------------

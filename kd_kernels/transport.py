@@ -245,7 +245,7 @@ def class_transport(
     sound = ~(held[0] + held[1]).isnan().any(1)
     a, b = (torch.where(sound[:, None], x, 0.0) for x in held)
     lost = sum(torch.where(sound[:, None], 0.0, x).sum(1) for x in (z, y))
-    lost = lost * torch.where(sound, 0.0, torch.nan)  # in the gradients of both sides too
+    lost = lost * torch.where(sound, 0.0, torch.nan).to(lost.dtype)  # in the gradients of both sides too
     transport, gap, error = class_cost(
         cost.detach().to(dtype), a, b, epsilon=epsilon, iterations=iterations, domain=domain, order=order,
         denominator=denominator_eps, backend=backend,

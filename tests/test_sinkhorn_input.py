@@ -38,6 +38,11 @@ BAD = {
     "tolerance": (ValueError, "tolerance must be a finite number > 0, got -1", {"tolerance": -1.0}),
     "tolerance inf": (ValueError, "tolerance must be a finite number > 0, got inf", {"tolerance": float("inf")}),
     "tolerance's type": (TypeError, "tolerance must be a number, got str", {"tolerance": "1e-3"}),
+    "a schedule's tensor": (
+        ValueError,
+        r"epsilon_schedule must be finite and > 0, got \[1.0, 0.0\]",
+        {"epsilon_schedule": torch.tensor([1.0, 0.0])},
+    ),
     "schedule": (ValueError, r"epsilon_schedule must be finite and > 0, got \[0.0\]", {"epsilon_schedule": [0]}),
     "unrolled to a tolerance": (ValueError, '"unrolled" needs iterations= without tolerance=', {"gradient": "unrolled", "tolerance": 0.1}),
     "lengths' shape": (ValueError, r"lengths must be \[B, 2\] integers or a pair", {"lengths": torch.ones(3)}),

@@ -290,6 +290,18 @@ def test_checkpoint(name, reentrant):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_what_is_saved_may_come_back_in_another_layout(name):
+    loss, d = LOSSES[name], inputs()
+
+    def stored(d):
+        turned = lambda x: x.mT.contiguous().mT if x.dim() > 1 else x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, turned):
+            return loss(d)
+
+    same(step(stored, d, loss.trained), step(loss, d, loss.trained), 2e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_constants_made_in_inference_mode(name):
     """Labels, teachers, a frozen head: of a data loader or a model that was run, or loaded, there."""
     loss, d = LOSSES[name], inputs()
@@ -389,3 +401,41 @@ def test_copies(copied):
         assert all(
             x is y is None or torch.equal(x, y) for x, y in zip(copied(given).tensors(), given.tensors())
         )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_default_dtype_has_no_say(name):
+    d = inputs()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert LOSSES[name](d).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+POINTS = torch.arange(12.0).view(4, 3).sin()
+NUMBERS = {
+    "epsilon": [
+        lambda x: kd.sinkhorn(POINTS, epsilon=x).transport_cost,
+        lambda x: kd.feature_transport(POINTS, 2 * POINTS, epsilon=x),
+        lambda x: kd.distill(POINTS, 2 * POINTS, kd.SinkhornBatch(epsilon=x)),
+        lambda x: kd.class_transport(POINTS, 2 * POINTS, torch.rand(3, 3), epsilon=x),
+    ],
+    "tolerance": [lambda x: kd.sinkhorn(POINTS, epsilon=0.1, tolerance=x).transport_cost],
+    "beta": [
+        lambda x: kd.relational_distance(POINTS, 2 * POINTS, beta=x),
+        lambda x: kd.relational_angle(POINTS, 2 * POINTS, beta=x),
+    ],
+}
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), 0.0])
+@pytest.mark.parametrize("name, call", [(name, call) for name, calls in NUMBERS.items() for call in calls])
+def test_a_compiled_call_refuses_what_is_no_number_above_0(name, call, value):
+    if name == "tolerance" and value == 0:
+        pytest.skip("to the op 0 is no tolerance; all iterations are done")
+    compiled = torch.compile(call, backend="aot_eager")
+    assert compiled(0.3).isfinite().all()
+    for each in (call, compiled):
+        with pytest.raises(ValueError, match=f"{name} must be .*finite.* > 0"):
+            each(value)

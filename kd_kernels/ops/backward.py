@@ -25,7 +25,10 @@ def saved(ctx) -> tuple[Sequence[Tensor], list[Any]]:
     tensors = ctx.saved_tensors  # once: activation checkpointing makes them once
     made = len(tensors) - ctx.rest.count(None)
     remaining = iter(tensors[made:])
-    return tensors[:made], [next(remaining) if x is None else x[0] for x in ctx.rest]
+    # As they were made; a hook on saved tensors may have laid them out otherwise.
+    return [x.contiguous() for x in tensors[:made]], [
+        next(remaining) if x is None else x[0] for x in ctx.rest
+    ]
 
 
 def for_all_inputs(

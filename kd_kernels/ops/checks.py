@@ -37,6 +37,13 @@ def check_temperatures_of(name: str, values: Tensor, tokens: Tokens, looks: bool
         check_temperatures(name, values if number else tokens.counted(values))
 
 
+def check_positive(name: str, values: Tensor) -> None:
+    """Numbers on the host, which nobody could look at while a graph was compiled."""
+    for value in values.aminmax() if values.numel() else ():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0, got {value.item()!r}")
+
+
 def check_finite(name: str, values: Number) -> None:
     if not (math.isfinite(values) if isinstance(values, float) else bool(torch.isfinite(values).all())):
         raise ValueError(f"{name} holds NaN or infinity")

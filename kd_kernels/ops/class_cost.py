@@ -5,7 +5,7 @@ import torch
 
 from kd_kernels import problems as P
 from kd_kernels.drivers.sinkhorn import Call, solve, solve_and_differentiate
-from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.checks import check_positive, checks_values
 from kd_kernels.ops.found_gradients import differentiated
 from kd_kernels.ops.schema import names
 from kd_kernels.ops.sinkhorn import check_outcome
@@ -31,6 +31,7 @@ def _forward(a, b, cost, epsilons, denominator, domain, columns_first, backend, 
         transport cost ``[B]``, numbers ``[B, 5]`` float64, its gradients of a and b, ``[0, 0]`` where not
         wanted.
     """
+    check_positive("epsilon", epsilons)
     a, b = a.contiguous(), b.contiguous()
     call = Call(cost, a, b, epsilons, 0.0, domain, columns_first, backend, denominator.item())
     if any(needs):

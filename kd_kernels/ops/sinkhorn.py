@@ -6,7 +6,7 @@ from torch import Tensor
 from kd_kernels import problems as P
 from kd_kernels.drivers.sinkhorn import Call, Cotangents, Potentials, adjoint, solve
 from kd_kernels.ops.backward import refuse_double_backward, save, saved
-from kd_kernels.ops.checks import checks_values
+from kd_kernels.ops.checks import check_positive, checks_values
 from kd_kernels.ops.direct import direct
 from kd_kernels.ops.schema import names
 
@@ -92,6 +92,9 @@ def _forward(*arguments):
     """
     values = dict(zip(_ARGUMENTS, arguments))
     call = _unpack(values)
+    check_positive("epsilon", call.epsilons)
+    if call.tolerance != 0:
+        check_positive("tolerance", values["tolerance"])
     looks = checks_values(call.a.device)
     if looks:
         _check_marginals(call.a, call.b)
