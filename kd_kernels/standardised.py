@@ -107,7 +107,7 @@ class Standardised:
         weights = centred.sub_(top).mul_(factor).exp_()
         share = 1 / weights.sum(1, keepdim=True)
         torch.cat([mean, spread, top, factor, share], 1, out=statistics)
-        return share[:, 0] @ weights
+        return torch.mv(weights.t(), share[:, 0])  # not @, which changes its product in place
 
     @torch.no_grad()
     def probabilities(self) -> Iterator[tuple[slice, Tensor]]:

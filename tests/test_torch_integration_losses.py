@@ -12,7 +12,7 @@ import torch
 from cases import OBJECTIVES, TORCH, error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kd_kernels as kd
 from kd_kernels.compat import automodel, liger, modelopt, torchtune, trl
@@ -287,6 +287,21 @@ def test_checkpoint(name, reentrant):
     leaves = {k: x.clone().requires_grad_(k in loss.trained) for k, x in d.items()}
     again(leaves).backward()  # autograd.grad does not go through the reentrant form
     same([leaves[k].grad for k in loss.trained], step(loss, d, loss.trained)[1:])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_checkpoint_that_keeps_products(name):
+    loss, d = LOSSES[name], inputs()
+    aten = torch.ops.aten
+    policy = partial(
+        create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default, aten.bmm.default]
+    )
+
+    def again(d):
+        whole = lambda *values: loss(dict(zip(d, values)))  # noqa: E731
+        return checkpoint(whole, *d.values(), use_reentrant=False, context_fn=policy)
+
+    same(step(again, d, loss.trained), step(loss, d, loss.trained))
 
 
 @pytest.mark.parametrize("name", LOSSES)
