@@ -58,7 +58,7 @@ class AlignedSide(Shown):
             options: of :func:`kd_kernels.linear_logprobs`.
         """
         source = as_teacher(source, "source")
-        if labels.shape != source.leading_shape:
+        if labels.numel() != source.leading_shape.numel():
             raise ValueError(
                 f"labels must have the leading shape of the source, {tuple(source.leading_shape)}; got "
                 f"{tuple(labels.shape)}"

@@ -163,7 +163,8 @@ def sinkhorn(
     if offset is not None:
         first, last = (b, a) if order == ORDERS[1] else (a, b)
         # The plan has the last one's mass whatever the cost; the first one's potential takes the offset up.
-        transport, value = transport + offset * last.sum(1), value + offset * first.sum(1)
+        of_plan, of_value = (offset * torch.where(x > 0, x, 0.0).sum(1) for x in (last, first))
+        transport, value = transport + of_plan, value + of_value
         of_rows, of_columns = (0.0, offset[..., None]) if first is b else (offset[..., None], 0.0)
         if gradient == "envelope":
             transport = transport.detach()
@@ -187,28 +188,33 @@ def _offset(cost: Tensor, a: Tensor, b: Tensor) -> Optional[Tensor]:
     each other, else 0; None where no problem is so. It moves no plan, and takes digits from potentials."""
     if cost.numel() == 0 or len(a) == 0:
         return None
-    cost = cost.detach()
+    cost, rows, columns = cost.detach(), a > 0, b > 0
+    if cost.dim() == 2:
+        rows, columns = rows.any(0), columns.any(0)
     looks = cost.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and bool((a > 0).all() & (b > 0).all()):
-        # Where a row's costs are not so, all of them are not.
-        row = cost[..., 0, :].to(a.dtype)
-        if not bool(_far(row.amin(-1), row.amax(-1), otherwise=True).any()):
+    if looks:  # where a row's costs are not so, all of them are not
+        first = rows.to(torch.uint8).argmax(-1)
+        row = cost[first] if cost.dim() == 2 else cost[torch.arange(len(cost)), first]
+        present = columns & rows.any(-1, keepdim=True)
+        finite = present & row.isfinite()
+        unknown = present.any(-1) & ~finite.any(-1)
+        if not bool((unknown | _far(*_ends(row, finite, a.dtype))).any()):
             return None
-    if cost.dim() == 3:
-        present = (a > 0)[:, :, None] & (b > 0)[:, None, :]
-    else:
-        present = (a > 0).any(0)[:, None] & (b > 0).any(0)
-    present = present & cost.isfinite()
-    least = torch.where(present, cost, torch.inf).flatten(-2).amin(-1).to(a.dtype)
-    most = torch.where(present, cost, -torch.inf).flatten(-2).amax(-1).to(a.dtype)
-    far = _far(least, most, otherwise=False)
+    present = (rows[..., None] & columns[..., None, :]) & cost.isfinite()
+    least, most = _ends(cost.flatten(-2), present.flatten(-2), a.dtype)
+    far = _far(least, most)
     return None if looks and not bool(far.any()) else torch.where(far, least, 0.0)
 
 
-def _far(least: Tensor, most: Tensor, otherwise: bool) -> Tensor:
-    """Whether what lies between is further from 0 than from each other; ``otherwise`` if one is no number."""
-    finite = least.isfinite() & most.isfinite()
-    return torch.where(finite, torch.minimum(least.abs(), most.abs()) > most - least, otherwise)
+def _ends(costs: Tensor, there: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The least and the most of what is there."""
+    least = torch.where(there, costs, torch.inf).amin(-1)
+    return least.to(dtype), torch.where(there, costs, -torch.inf).amax(-1).to(dtype)
+
+
+def _far(least: Tensor, most: Tensor) -> Tensor:
+    """Whether what lies between is further from 0 than from each other; not where nothing does."""
+    return (least <= most) & (torch.minimum(least.abs(), most.abs()) > most - least)
 
 
 def sinkhorn_divergence(

@@ -345,10 +345,11 @@ def _check_ids(owner: str, ids: object) -> None:
 def target_of(saved: Any, missing: str, index: int) -> SparseTarget:
     """The top-K of a ``TopK`` or a ``TeacherRecord``, at its ``index``-th temperature."""
     temperatures, many = _saved_at(saved.temperature), isinstance(saved.temperature, tuple)
-    if not isinstance(index, int) or not 0 <= index < len(temperatures):
+    whole = hasattr(index, "__index__") and not isinstance(index, bool)  # NumPy's, and a tensor of one
+    if not whole or not 0 <= index < len(temperatures):
         raise ValueError(
-            f"index must be one of the {len(temperatures)} temperatures that were saved, counted from 0; got "
-            f"{index!r}"
+            f"index must be an integer, one of the {len(temperatures)} temperatures that were saved, counted "
+            f"from 0; got {index!r}"
         )
     lse, tail = (x[..., index] if many else x for x in (saved.lse, saved.log_tail_mass))
     logprobs = saved.logits.to(lse.dtype) / temperatures[index] - lse[..., None]
@@ -366,8 +367,8 @@ def _saved_at(temperature: Union[float, tuple[float, ...]]) -> tuple[float, ...]
     found = temperature if isinstance(temperature, tuple) else (temperature,)
     if not all(isinstance(x, (int, float)) for x in found):
         raise TypeError(
-            f"temperature must be a number or a tuple of them, got {temperature!r}, as collate functions "
-            f"make of several results; collate their tensors, and put a result's temperature back"
+            f"temperature must be a number or a tuple of them, got {temperature!r}. Where a collate "
+            f"function made it of several results, let it collate their tensors and put a temperature back"
         )
     return found
 

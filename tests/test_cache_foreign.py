@@ -53,6 +53,8 @@ def test_the_realised_token_is_left_out_whatever_its_rank():
         entry = {token: {"logprob": logprob, "rank": rank} for token, logprob, rank in values}
         record = from_vllm([None, entry], 2)
         assert record.ids.tolist() == [[1, 2], [-1, -1]]
+    entry[9]["rank"], entry[1]["rank"], entry[2]["rank"] = None, 1, 2
+    assert from_vllm([None, entry], 3).ids[0].tolist() == [1, 2, -1]
 
 
 @pytest.mark.parametrize("objective", [kd.ReverseKL(), kd.ForwardKL(), kd.JensenShannon()])
@@ -103,6 +105,20 @@ def test_axolotl(table):
     torch.testing.assert_close(record.target("renorm_both").logprobs[:-1], renormed[:-1])
     assert torch.equal(record.ids[:-1].long(), top.indices[:-1]) and (record.ids[-1] == -1).all()
     assert (record.log_tail_mass[:-1] < -12).all()
+
+
+def test_axolotl_rows_of_pandas():
+    """Which have keys, but are no Mapping."""
+    columns = {"target_token_ids": [[1], [0]], "target_logprobs": [[-1.0], [0.0]], "target_mask": [[1], [0]]}
+    held = {**columns, "labels": [-100, 3]}
+
+    class Series:
+        keys, get = held.keys, held.get
+        __getitem__ = staticmethod(held.__getitem__)
+        __contains__ = staticmethod(held.__contains__)
+        __iter__ = staticmethod(lambda: iter(held))
+
+    assert from_axolotl(Series(), 1).ids.tolist() == [[1], [-1]]
 
 
 def pack(numbers, bits):
@@ -283,6 +299,8 @@ def test_the_rows_below_are_right_but_for_one_thing():
             lambda: axolotl(labels=[3, -100]),
             r"target_mask\[0\] counts a row of token 1, but labels\[1\] is -100",
         ),
+        (lambda: axolotl(labels=[3, None]), "labels is not a list of integers"),
+        (lambda: axolotl(labels=5), "labels is not a list of integers"),
         (lambda: axolotl(labels=[3]), "labels has 1 tokens and target_token_ids 2 rows"),
         (lambda: from_axolotl(None, 2), "row is NoneType, not a mapping of columns"),
         (lambda: distillkit(d=0), "not DistillKit's: ValueError d = 0"),

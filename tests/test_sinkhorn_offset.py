@@ -68,6 +68,10 @@ def test_what_is_absent_or_forbidden_has_no_say(shared, backend):
     assert error(above.transport_cost, (below.transport_cost + more).float()) < 1e-6
     mine, wanted = gradients(above, "transport_cost", higher), gradients(below, "transport_cost", lower)
     assert error(mine[0], wanted[0]) < 1e-5
+    for name in NAMES:
+        of_a, of_b = gradients(above, name, higher)[1:]
+        assert not of_a[higher[1] == 0].any() and not of_b[higher[2] == 0].any()
+        assert of_a[:2].any() and of_b[:2].any()
 
 
 def test_the_tolerance_is_met(backend):

@@ -382,5 +382,9 @@ def test_what_a_collate_function_makes_of_results_is_named():
     for call in (together.target, together.sampled):
         with pytest.raises(TypeError, match="temperature must be a number or a tuple of them, got tensor"):
             call()
-    with pytest.raises(ValueError, match="index must be one of the 1 temperatures .* got 0.0"):
-        saved[0].target(index=0.0)
+    for wrong in (0.0, True, 1):
+        with pytest.raises(
+            ValueError, match=f"index must be an integer, one of the 1 temperatures .* got {wrong}"
+        ):
+            saved[0].target(index=wrong)
+    assert torch.equal(saved[0].target(index=torch.tensor(0)).logprobs, saved[0].target().logprobs)

@@ -50,7 +50,8 @@ def from_vllm(
             continue
         try:
             found = [(_get(v, "rank"), (int(token), float(_get(v, "logprob")))) for token, v in entry.items()]
-            row = [pair for rank, pair in found if rank is None or rank <= k]
+            ranked = any(rank is not None for rank, _ in found)
+            row = [pair for rank, pair in found if (rank is not None and rank <= k) or not ranked]
             rows.append(sorted(row, key=_descending)[:k] if len(row) == k + 1 else row)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise CacheError(
@@ -90,8 +91,8 @@ def from_axolotl(row: Mapping[str, Any], k: int, temperature: float = 1.0) -> Te
 
     Alignment: already that of a record: row j is of token j + 1, and the last row is masked. Earlier axolotl
     put row j on token j itself; such rows are refused where they can be told: by a last row that is not
-    masked, or by the ``labels`` beside them. Log-probabilities were normalised over the k: there is no tail,
-    and ``missing="renorm_both"`` is what axolotl trains.
+    masked, or by the ``labels`` beside them. Log-probabilities were normalised over the k: the tail is next
+    to nothing, and ``missing="renorm_both"`` is what axolotl trains.
 
     Args:
         row: of the data set.
@@ -102,7 +103,7 @@ def from_axolotl(row: Mapping[str, Any], k: int, temperature: float = 1.0) -> Te
         CacheError: columns that do not fit together, or are of token j.
     """
     _check_request(k, temperature)
-    if not isinstance(row, Mapping):
+    if not hasattr(row, "keys"):  # a row of pandas is no Mapping
         raise CacheError(f"row is {type(row).__name__}, not a mapping of columns")
     names = ("target_token_ids", "target_logprobs", "target_mask")
     missing = [name for name in names if name not in row]
@@ -210,11 +211,15 @@ def _check_temperature(temperature: float) -> None:
 
 def _check_alignment(rows: list[list[Pair]], labels: Optional[Sequence[int]]) -> None:
     """Axolotl's: row j is of token j + 1, which has to be there and to be trained on."""
-    if labels is not None and len(labels) != len(rows):
-        raise CacheError(f"labels has {len(labels)} tokens and target_token_ids {len(rows)} rows")
+    try:
+        trained = [True] * len(rows) if labels is None else [int(label) != -100 for label in labels]
+    except (TypeError, ValueError):
+        raise CacheError("labels is not a list of integers") from None
+    if len(trained) != len(rows):
+        raise CacheError(f"labels has {len(trained)} tokens and target_token_ids {len(rows)} rows")
     for place, found in enumerate(rows):
         last = place + 1 == len(rows)
-        if found and (last or labels is not None and int(labels[place + 1]) == -100):
+        if found and (last or not trained[place + 1]):
             what = "nothing comes after it" if last else f"labels[{place + 1}] is -100"
             raise CacheError(
                 f"target_mask[{place}] counts a row of token {place + 1}, but {what}: rows seem to be of "
