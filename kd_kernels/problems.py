@@ -64,6 +64,40 @@ def fits_scalings(cost: Tensor, epsilons: Tensor) -> bool:
     return least == most and not bool((reach(cost) > SCALING_ROOM * least).any())
 
 
+def offset(cost: Tensor, a: Tensor, b: Tensor) -> Optional[Tensor]:
+    """``[B]``, of a shared cost 0-d: the least cost of a problem whose costs all lie further from 0 than from
+    each other, else 0; None where no problem is so. It moves no plan, and takes digits from potentials."""
+    if cost.numel() == 0 or len(a) == 0:
+        return None
+    cost, rows, columns = cost.detach(), a > 0, b > 0
+    if cost.dim() == 2:
+        rows, columns = rows.any(0), columns.any(0)
+    looks = cost.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks:  # where a row's costs are not so, all of them are not
+        first = rows.to(torch.uint8).argmax(-1)
+        row = cost[first] if cost.dim() == 2 else cost[torch.arange(len(cost)), first]
+        present = columns & rows.any(-1, keepdim=True)
+        finite = present & row.isfinite()
+        unknown = present.any(-1) & ~finite.any(-1)
+        if not bool((unknown | _far(*_ends(row, finite, a.dtype))).any()):
+            return None
+    present = (rows[..., None] & columns[..., None, :]) & cost.isfinite()
+    least, most = _ends(cost.flatten(-2), present.flatten(-2), a.dtype)
+    far = _far(least, most)
+    return None if looks and not bool(far.any()) else torch.where(far, least, 0.0)
+
+
+def _ends(costs: Tensor, there: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The least and the most of what is there."""
+    least = torch.where(there, costs, math.inf).amin(-1)
+    return least.to(dtype), torch.where(there, costs, -math.inf).amax(-1).to(dtype)
+
+
+def _far(least: Tensor, most: Tensor) -> Tensor:
+    """Whether what lies between is further from 0 than from each other; not where nothing does."""
+    return (least <= most) & (torch.minimum(least.abs(), most.abs()) > most - least)
+
+
 @dataclass
 class SinkhornJob:
     """B problems of one size. Floats are float32, float64 for float64 costs ("the state's dtype") unless said

@@ -138,7 +138,7 @@ def sinkhorn(
         raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
     epsilons = torch.cat([*(number(e)[None] for e in ahead), number(epsilon).expand(steps)])
     limit = 0.0 if exact else _TOLERANCES[state] if tolerance is None else tolerance
-    offset = _offset(cost, a, b)
+    offset = P.offset(cost, a, b)
     if offset is not None:
         cost = cost.to(state) - (offset[:, None, None] if cost.dim() == 3 else offset)
     phi, psi, transport, value, plan, found, *_ = _op(
@@ -153,8 +153,6 @@ def sinkhorn(
         return_plan,
         backend,
     )
-    if gradient == "envelope":
-        transport, plan = transport.detach(), plan.detach()
 
     def potential(log_scaling: Tensor, mass: Tensor, more: Union[Tensor, float]) -> Tensor:
         return torch.where(mass == 0, 0.0, epsilon * (log_scaling - mass.log()) + more).detach()
@@ -166,8 +164,8 @@ def sinkhorn(
         of_plan, of_value = (offset * torch.where(x > 0, x, 0.0).sum(1) for x in (last, first))
         transport, value = transport + of_plan, value + of_value
         of_rows, of_columns = (0.0, offset[..., None]) if first is b else (offset[..., None], 0.0)
-        if gradient == "envelope":
-            transport = transport.detach()
+    if gradient == "envelope":
+        transport, plan = transport.detach(), plan.detach()
     results = {
         "transport_cost": transport,
         "value": value,
@@ -181,40 +179,6 @@ def sinkhorn(
     if single:
         results = {name: None if x is None else x[0] for name, x in results.items()}
     return Transport(**results)
-
-
-def _offset(cost: Tensor, a: Tensor, b: Tensor) -> Optional[Tensor]:
-    """``[B]``, of a shared cost 0-d: the least cost of a problem whose costs all lie further from 0 than from
-    each other, else 0; None where no problem is so. It moves no plan, and takes digits from potentials."""
-    if cost.numel() == 0 or len(a) == 0:
-        return None
-    cost, rows, columns = cost.detach(), a > 0, b > 0
-    if cost.dim() == 2:
-        rows, columns = rows.any(0), columns.any(0)
-    looks = cost.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks:  # where a row's costs are not so, all of them are not
-        first = rows.to(torch.uint8).argmax(-1)
-        row = cost[first] if cost.dim() == 2 else cost[torch.arange(len(cost)), first]
-        present = columns & rows.any(-1, keepdim=True)
-        finite = present & row.isfinite()
-        unknown = present.any(-1) & ~finite.any(-1)
-        if not bool((unknown | _far(*_ends(row, finite, a.dtype))).any()):
-            return None
-    present = (rows[..., None] & columns[..., None, :]) & cost.isfinite()
-    least, most = _ends(cost.flatten(-2), present.flatten(-2), a.dtype)
-    far = _far(least, most)
-    return None if looks and not bool(far.any()) else torch.where(far, least, 0.0)
-
-
-def _ends(costs: Tensor, there: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The least and the most of what is there."""
-    least = torch.where(there, costs, torch.inf).amin(-1)
-    return least.to(dtype), torch.where(there, costs, -torch.inf).amax(-1).to(dtype)
-
-
-def _far(least: Tensor, most: Tensor) -> Tensor:
-    """Whether what lies between is further from 0 than from each other; not where nothing does."""
-    return (least <= most) & (torch.minimum(least.abs(), most.abs()) > most - least)
 
 
 def sinkhorn_divergence(
