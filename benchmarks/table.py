@@ -1,8 +1,9 @@
-"""The README's tables, from the result files only.
+"""The tables of the README and of ``benchmarks/RESULTS.md``, from the result files only.
 
-``python benchmarks/table.py`` writes them between the README's two markers; ``--check`` writes nothing
-and exits with 1 when the README differs from what the files give. Nothing is left out: cases that miss
-their target or lose to a peer stand in the same rows as the rest.
+``python benchmarks/table.py`` writes the main table and its memory between the README's two markers, all
+others into RESULTS.md; ``--check`` writes nothing and exits with 1 when one of them differs from what the
+files give. Nothing is left out: cases that miss their target or lose to a peer stand in the same rows as the
+rest.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from report import (
 )
 from workloads import FLOOR, Shape
 
-README = ROOT.parent / "README.md"
+README, PAGE = ROOT.parent / "README.md", ROOT / "RESULTS.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PEERS = ("torch", "torch.compile", "liger", "liger compiled", "liger fused", "trl")
 
@@ -192,28 +193,51 @@ def gpu_markdown(results: Path) -> str:
     return gpu_runs.provenance(*found) + "\n\n" + markdown(gpu_runs.HEADER, gpu_runs.lines(found[1]))
 
 
+# From the rows of a result file to a table; in the README what a step costs, in RESULTS.md the rest.
+Makers = Sequence[tuple[str, Callable[[list[Row]], str]]]
+STEP: Makers = (
+    ("head", functools.partial(of_each_shape, head_markdown)),
+    ("head", functools.partial(of_each_shape, memory_markdown)),
+)
+OTHERS: Makers = (
+    ("rows", functools.partial(of_each_shape, rows_markdown)),
+    *((bench.name, functools.partial(bench_markdown, bench)) for bench in BENCHES),
+    ("scaling", scaling_markdown),
+)
+
+
+def of_machine(machine: str, files: dict[str, list[Row]], makers: Makers) -> list[str]:
+    """The machine and its tables; nothing where it has none of them."""
+    shown = [rows for name, _ in makers if (rows := files.get(name))]
+    if not shown:
+        return []
+    parts = [f"#### `{machine}`", provenance(shown[0])]
+    for name, make in makers:
+        if files.get(name) and (text := make(files[name])):
+            about, table = text.split("\n\n", 1)
+            # The line above is the first file's; the others were not all measured with it.
+            parts += [about if name == "head" else f"{about} ({when(files[name])})", table]
+    return parts
+
+
 def readme_section(results: Path = RESULTS) -> str:
-    parts = []
-    makers = (
-        ("head", functools.partial(of_each_shape, head_markdown)),
-        ("head", functools.partial(of_each_shape, memory_markdown)),
-        ("rows", functools.partial(of_each_shape, rows_markdown)),
-        *((bench.name, functools.partial(bench_markdown, bench)) for bench in BENCHES),
-        ("scaling", scaling_markdown),
-    )
     machines = read_all(results)
-    for machine, files in machines.items():
-        parts.append(f"#### `{machine}`")
-        first = next(rows for rows in files.values() if rows)
-        parts.append(provenance(files.get("head") or first))
-        for name, make in makers:
-            if files.get(name) and (text := make(files[name])):
-                about, table = text.split("\n\n", 1)
-                # The line above is the first file's; the others were not all measured with it.
-                parts += [about if name == "head" else f"{about} ({when(files[name])})", table]
+    parts = [part for machine, files in machines.items() for part in of_machine(machine, files, STEP)]
     if not any("cuda" in machine for machine in machines):
         parts.extend(("#### GPU", gpu_markdown(results)))
     return "\n\n".join(parts)
+
+
+def page(results: Path = RESULTS) -> str:
+    """RESULTS.md."""
+    parts = [
+        "# Results beside the main table",
+        "Written by `python benchmarks/table.py` from `results/`; the README has the main table, "
+        "[NOTES.md](NOTES.md) how to read both.",
+    ]
+    for machine, files in read_all(results).items():
+        parts += of_machine(machine, files, OTHERS)
+    return "\n\n".join(parts).replace("\n#### ", "\n## ") + "\n"
 
 
 def replaced(readme: str, section: str) -> str:
@@ -228,23 +252,24 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 when the README is out of date")
-    parser.add_argument("--print", action="store_true", help="print the section instead of writing it")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a page is out of date")
+    parser.add_argument("--print", action="store_true", help="print the tables instead of writing them")
     options = parser.parse_args(arguments)
-    section = readme_section()
     if options.print:
-        print(section)
+        print(readme_section(), page(), sep="\n\n")
         return 0
-    old = README.read_text()
-    new = replaced(old, section)
-    if options.check:
-        if new != old:
-            print(
-                "README.md differs from benchmarks/results; run python benchmarks/table.py", file=sys.stderr
-            )
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    stale = {
+        path: new
+        for path, new in ((README, replaced(README.read_text(), readme_section())), (PAGE, page()))
+        if not path.exists() or path.read_text() != new
+    }
+    for path, new in stale.items():
+        if options.check:
+            name = path.relative_to(ROOT.parent)
+            print(f"{name} differs from benchmarks/results; run python benchmarks/table.py", file=sys.stderr)
+        else:
+            path.write_text(new)
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks run, and the README's table is what the committed result files give."""
+"""The benchmarks run, and the tables of README and RESULTS.md are what the committed result files give."""
 
 import json
 import subprocess
@@ -24,8 +24,22 @@ def test_quick_run():
     assert "kd" in out and "floor" in out
 
 
-def test_readme_table_is_generated():
+def test_committed_tables_are_generated():
     run("benchmarks/table.py", "--check")
+
+
+def test_a_table_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
+    import table
+
+    for name, path in (("README", table.README), ("PAGE", table.PAGE)):
+        with monkeypatch.context() as patch:
+            changed = tmp_path / path.name
+            changed.write_text(path.read_text().replace("| fp32 | ", "| fp64 | ", 1))
+            patch.setattr(table, "ROOT", tmp_path / "benchmarks")
+            patch.setattr(table, name, changed)
+            assert table.main(["--check"]) == 1 and path.name in capsys.readouterr().err
+            table.main([])
+            assert changed.read_text() == path.read_text()
 
 
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
