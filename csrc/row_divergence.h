@@ -27,7 +27,7 @@ enum Statistic : int {
   kLogzHard = 4,     // log sum exp(z - max z) of the student, at temperature 1, for the cross-entropy
   kSumStudent = 5,   // sum over the vocabulary of q dL/dq: what the student's gradient subtracts
   kSumTeacher = 6,   // sum over the vocabulary of p dL/dp
-  kLabelLogit = 7,   // z of the student at the label
+  kLabelLogit = 7,   // z of the student at the label; NaN where that is out of range, which makes the row NaN
   kMassStudent = 8,  // sum of q and of p as computed: 1 up to rounding. The gradient divides the sums
   kMassTeacher = 9,  // by them, or a sharp row would pay for that rounding with most of its digits.
 };
@@ -44,7 +44,7 @@ struct RowDivergence {
   Side student, teacher;
   const double* parameter0 = nullptr;   // [n], where the objective has one
   const double* parameter1 = nullptr;   // [n]
-  const int64_t* labels = nullptr;      // [n] or null: no cross-entropy. Out of range: NaN, never read.
+  const int64_t* labels = nullptr;      // [n] or null: no cross-entropy. Out of range: never read
   const double* soft_weight = nullptr;  // [n] gradient = soft_weight dSoft/dz + hard_weight dHard/dz;
   const double* hard_weight = nullptr;  // [n] a row whose weights are both 0 gets gradient 0, whatever it holds
   double* statistics = nullptr;         // [n, 10]

@@ -79,6 +79,7 @@ def distill(
     backend: Optional[str] = None,
     logits_dtype: Optional[torch.dtype] = None,
     workspace_bytes: Optional[int] = None,
+    vocab_group: Optional[torch.distributed.ProcessGroup] = None,
 ) -> Tensor | tuple[Tensor, Parts]:
     """Distillation loss of two models' next-token distributions, without ``[tokens, vocab]`` logits.
 
@@ -121,6 +122,10 @@ def distill(
         workspace_bytes: scratch memory for logits, reused between calls. Default on CPU 256 MiB, on a GPU a
             32nd of its memory, 256 MiB to 4 GiB. Every chunk that it holds reads and writes all of the
             weight's gradient, so at vocabularies beyond 100,000 more is faster.
+        vocab_group: the ranks that share the vocabulary of both models, each holding the part of weights,
+            biases and logits that follows on that of the rank before; all else, and the loss, is the same on
+            every rank. Gradients of weights and logits are of the rank's part, those of hidden states are
+            summed over the ranks. Takes a host synchronisation. docs/vocabulary_parallel.md.
 
     Returns:
         float32 (float64 for float64 inputs): 0-d, or the leading shape for ``reduction="none"``, 0 at
@@ -144,6 +149,7 @@ def distill(
     ranked = isinstance(objective, SortedWasserstein)
     check_sources(student, teacher, "truncate" if ranked else vocab)
     check_batch_options(objective, teacher, reduction, groups, token_weight, lead, device)
+    _check_vocab_group(vocab_group, objective, teacher, vocab)
     gathers = gathers_of(student, teacher)  # before the sources are rebuilt without them
     sparse = isinstance(teacher, SparseTarget)
     if sparse:
@@ -209,6 +215,7 @@ def distill(
         unreduced,
         deferred,
         objective.top_k,
+        None if vocab_group is None else vocab_group.group_name,
     )
     if ranked:
         per_token_weight = (x for x in (weight, t_s**2 if temperature_squared else None) if x is not None)
@@ -282,6 +289,7 @@ class DistillationLoss(torch.nn.Module):
         unknown = sorted(set(options) - set(distill.__kwdefaults__ or {}))
         if unknown:
             raise TypeError(f"DistillationLoss: unknown option {', '.join(unknown)}; see kd.distill")
+        _check_options(objective, options.get("vocab", "error"))
         self.objective = objective
         self.options = options
 
@@ -301,6 +309,27 @@ def _check_options(objective: Objective, vocab: str) -> None:
             f"objective must be an instance such as kd.ForwardKL() or kd.SkewKL(0.1), got {objective!r}"
         )
     check_vocab(vocab)
+
+
+def _check_vocab_group(
+    group: Optional[torch.distributed.ProcessGroup], objective: Objective, teacher: Teacher, vocab: str
+) -> None:
+    if group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"vocab_group must be a torch.distributed.ProcessGroup that this rank is in (of a DeviceMesh: "
+            f"mesh.get_group()), got {type(group).__name__}"
+        )
+    name = type(objective).__name__
+    if isinstance(objective, (SinkhornBatch, SortedWasserstein)):
+        raise ValueError(
+            f"{name} compares whole rows and cannot be split over vocab_group; gather the weights"
+        )
+    if isinstance(teacher, SparseTarget):
+        raise ValueError("a SparseTarget names tokens of all ranks and cannot go with vocab_group")
+    if vocab == "truncate":
+        raise ValueError('vocab="truncate" cannot go with vocab_group: cut both models before they are split')
 
 
 def _check_sparse(

@@ -149,8 +149,9 @@ def _beside(columns: list[Tensor]) -> Tensor:
 # --- weights that are not whole, or not weights ---------------------------------------------------------
 
 TENSOR_PARALLEL = (
-    "The vocabulary-parallel route, which would compute on the shards, is not part of this release; gather "
-    "the weight first and pass it: kd.Head(hidden, weight.full_tensor(), ...)"
+    "Where its rows are split over ranks, pass this rank's and the group to kd.distill: kd.Head(hidden, "
+    "weight.to_local(), ...), vocab_group=... (docs/vocabulary_parallel.md); or gather it: kd.Head(hidden, "
+    "weight.full_tensor(), ...)"
 )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 STATISTICS, TERMS, GRADIENT = 1, 2, 4  # phases; a call runs consecutive ones, fused
 
 # Columns of ``statistics`` [n, 10] float64; z = logit after scale and softcap, u = z / temperature: the
-# largest z, log sum exp(u - max u) (HARD: the student's at temperature 1), sum q dL/dq and sum p dL/dp, z at
-# the label.
+# largest z (-inf where all are, and only there), log sum exp(u - max u) (HARD: the student's at
+# temperature 1), sum q dL/dq and sum p dL/dp, z at the label: NaN where that is out of range, which makes the
+# row NaN unless a later phase is given another.
 MAX_STUDENT, LOGZ_STUDENT, MAX_TEACHER, LOGZ_TEACHER, LOGZ_HARD, SUM_STUDENT, SUM_TEACHER, LABEL_LOGIT = (
     range(8)
 )

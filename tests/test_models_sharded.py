@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
-import warnings
 import weakref
-from datetime import timedelta
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import TORCH, error
+from ranks import checks_of, read, run_checks
 from torch import nn
 
 import kd_kernels as kd
@@ -399,7 +395,7 @@ def check_tensor_parallel(world, rank, mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    words = "sharded by tensor parallelism.*vocabulary-parallel.*full_tensor"
+    words = "sharded by tensor parallelism.*vocab_group.*full_tensor"
     for style in (ColwiseParallel(), RowwiseParallel()):
         model = toy()
         parallelize_module(model.lm_head, mesh, style)
@@ -448,66 +444,21 @@ def four_hybrid(world, rank, mesh):
         compare(sharded(model, model.lm_head, mesh=hybrid), world, rank, reduction)
 
 
-CHECKS = {name[6:]: value for name, value in list(globals().items()) if name.startswith("check_")}
-FOUR = {name[5:]: value for name, value in list(globals().items()) if name.startswith("four_")}
-
-
-def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store, timeout = f"file://{folder}/store", timedelta(seconds=30)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
-    mesh = dist.init_device_mesh("cpu", (world,))
-    for name, check in (CHECKS if world == 2 else FOUR).items():
-        try:
-            check(world, rank, mesh)
-            said = "fine"
-        except pytest.skip.Exception as reason:
-            said = f"skip: {reason}"
-        except (Exception, pytest.fail.Exception):
-            said = traceback.format_exc()
-        Path(folder, f"{name}.{rank}").write_text(said)
-        if not said.startswith(("fine", "skip: ")):
-            break  # the other process may wait for this one in a collective: let it time out
-    dist.destroy_process_group()
-
-
-def run_checks(world, tmp_path_factory):
-    """The processes go through all their checks once; each test reads what they said about its own. One that
-    dies on its way out, where gloo's threads race each other, has said all of it by then."""
-    if not dist.is_available():
-        pytest.skip("this torch is built without distributed")
-    folder = tmp_path_factory.mktemp(f"{world}_processes")
-    try:
-        mp.spawn(worker, (world, str(folder)), nprocs=world)
-    except (mp.ProcessExitedException, mp.ProcessRaisedException) as died:
-        warnings.warn(f"of {world} processes one died: {died}", stacklevel=1)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_checks(2, tmp_path_factory)
+    return run_checks(2, tmp_path_factory, __name__, "check_")
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return run_checks(4, tmp_path_factory)
+    return run_checks(4, tmp_path_factory, __name__, "four_")
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", checks_of(__name__, "check_"))
 def test_two_processes(name, two):
     read(two, 2, name)
 
 
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("name", checks_of(__name__, "four_"))
 def test_four_processes(name, four):
     read(four, 4, name)
-
-
-def read(outcome: Path, world: int, name: str) -> None:
-    for rank in range(world):
-        said = outcome / f"{name}.{rank}"
-        assert said.exists(), "not reached: an earlier check failed, or its process died"
-        if said.read_text().startswith("skip: "):
-            pytest.skip(said.read_text()[6:])
-        assert said.read_text() == "fine", said.read_text()

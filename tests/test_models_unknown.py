@@ -155,7 +155,7 @@ BAD = {
     "packed": (packed, TypeError, "weight is a Packed of torch.float32"),
     "ZeRO-3": (partitioned, ValueError, r"ZeRO-3.*\(12, 8\).*GatheredParameters"),
     "FSDP1": (flattened, ValueError, "freed storage.*FSDP1.*fully_shard"),
-    "shard of rows": (shard_of_rows, ValueError, "6 of its 12 rows.*vocabulary-parallel"),
+    "shard of rows": (shard_of_rows, ValueError, "6 of its 12 rows.*vocab_group"),
     "meta": (lambda: with_layer(nn.Linear(8, 12, device="meta")), ValueError, "meta device"),
 }  # fmt: skip
 

@@ -153,9 +153,9 @@ def row_divergence(
         logz_s = log_sum(sum_s, top_s, row_top_s, inverse_s)
         logz_t = log_sum(sum_t, top_t, row_top_t, inverse_t)
         logz_hard = log_sum(sum_hard, top_s, row_top_s, 1.0) if LABELS else logz_s
-        # Without a finite logit the sum is 0 and its logarithm NaN; the lowest finite number is a logit.
-        max_s = tl.where((row_top_s <= floor) & (logz_s != logz_s), -float("inf"), row_top_s)
-        max_t = tl.where((row_top_t <= floor) & (logz_t != logz_t), -float("inf"), row_top_t)
+        # Only without a finite logit, and without NaN, is the sum 0; the lowest finite number is a logit.
+        max_s = tl.where(tl.sum(sum_s, 0) == 0.0, -float("inf"), row_top_s)
+        max_t = tl.where(tl.sum(sum_t, 0) == 0.0, -float("inf"), row_top_t)
         tl.store(stats + 0, max_s.to(tl.float64))
         tl.store(stats + 1, logz_s)
         tl.store(stats + 2, max_t.to(tl.float64))
@@ -188,7 +188,7 @@ def row_divergence(
             coefficient_hard = hard.to(F) * scale_s
             log_norm_hard = logz_hard.to(F)
             counts = (soft != 0.0) | (hard != 0.0)
-            poison = tl.where(counts & (known == 0), float("nan"), 0.0).to(F)
+            poison = tl.where(counts & (label_logit != label_logit), float("nan"), 0.0).to(F)
 
     mean_s, mean_t = tl.zeros([], F), tl.zeros([], F)
     if TERMS:

@@ -121,15 +121,15 @@ class StripRunner : Strip<T> {
       hard_.temperature_is_one.at[i] = tempered ? T(0) : T(1);
       hard_.coefficient.at[i] = hard_.poison.at[i] = T(0);
       label_[i] = -1;
+      counts_[i] = false;
       if (!args_.labels) continue;
       any_label_ = true;
       const bool in_range = args_.labels[row] >= 0 && args_.labels[row] < args_.vocab;
       if (in_range) label_[i] = args_.labels[row];
       const double weight = weight_of(args_.hard_weight, row);
       hard_.coefficient.at[i] = static_cast<T>(weight * args_.student.scale);
-      const bool counts = weight != 0.0 || weight_of(args_.soft_weight, row) != 0.0;
-      if (!in_range && counts) hard_.poison.at[i] = kNaN<T>;
-      any_hard_ = any_hard_ || weight != 0.0 || (!in_range && counts);
+      counts_[i] = weight != 0.0 || weight_of(args_.soft_weight, row) != 0.0;
+      any_hard_ = any_hard_ || weight != 0.0;
     }
   }
 
@@ -187,6 +187,10 @@ class StripRunner : Strip<T> {
       teacher_.logz.at[i] = static_cast<T>(row[kLogzTeacher]);
       pair_.logz_difference.at[i] = static_cast<T>(row[kLogzStudent] - row[kLogzTeacher]);
       hard_.logz.at[i] = static_cast<T>(row[kLogzHard]);
+      if (counts_[i] && row[kLabelLogit] != row[kLabelLogit]) {
+        hard_.poison.at[i] = kNaN<T>;
+        any_hard_ = true;
+      }
     }
   }
 
@@ -293,6 +297,7 @@ class StripRunner : Strip<T> {
 
   bool any_label_ = false, any_hard_ = false, all_temperatures_one_ = true;
   int64_t label_[kLanes<T>];  // -1: none in range
+  bool counts_[kLanes<T>];    // has a label and a weight
   SideLanes<T> student_, teacher_;
   PairLanes<T> pair_;
   HardLanes<T> hard_;

@@ -96,6 +96,8 @@ class Strip {
       soft_sum += online.soft[i] * (step == 0.0 ? 1.0 : __builtin_exp(step * inverse_temperature));
       if (hard) hard_sum += online.hard[i] * (step == 0.0 ? 1.0 : __builtin_exp(step));
     }
+    // Only where all are -inf is that the maximum; NaN, which no comparison finds, may be among them.
+    if (soft_sum != soft_sum && max == -kInfinity<double>) max = soft_sum;
     logz = soft_sum == 0.0 ? none : __builtin_log(soft_sum);
     logz_hard = !hard ? logz : hard_sum == 0.0 ? none : __builtin_log(hard_sum);
   }

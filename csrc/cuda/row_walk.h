@@ -234,9 +234,7 @@ class Row {
     const int64_t label = job_.labels[row_];
     known_ = label >= 0 && label < job_.vocab;
     if (known_) label_ = label - begin_;  // in this slice, or anywhere else
-    const double soft = job_.soft_weight[row_], hard = job_.hard_weight[row_];
-    hard_coefficient_ = static_cast<F>(hard * job_.student.scale);
-    if (!known_ && (soft != 0.0 || hard != 0.0)) poison_ = not_a_number<F>();
+    hard_coefficient_ = static_cast<F>(job_.hard_weight[row_] * job_.student.scale);
   }
 
   // --- shared memory ---------------------------------------------------------------------------------
@@ -387,6 +385,9 @@ class Row {
                    static_cast<F>(job_.parameter1 ? job_.parameter1[row_] : 0.0)};
     if (!(work_.phases & kGradient)) return;
     const double soft = job_.soft_weight[row_];
+    // Where the statistics were made just now, the label's logit is known to the speaker only.
+    const bool lost = work_.phases & kStatistics ? !known_ : values_[kLabelLogit] != values_[kLabelLogit];
+    if (job_.labels && lost && (soft != 0.0 || job_.hard_weight[row_] != 0.0)) poison_ = not_a_number<F>();
     student_.coefficient = static_cast<F>(soft * job_.student.scale / job_.student.temperature[row_]);
     teacher_.coefficient = static_cast<F>(soft * job_.teacher.scale / job_.teacher.temperature[row_]);
   }

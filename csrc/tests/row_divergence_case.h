@@ -86,8 +86,10 @@ struct Case {
   }
 
   void run(const std::vector<unsigned>& calls = {kd::kStatistics | kd::kTerms | kd::kGradient}) {
-    statistics.assign(n * kd::kStatisticColumns, 0.0);
-    terms.assign(n * kd::kTermColumns, 0.0);
+    if (calls.front() & kd::kStatistics) {  // else it goes on from those of an earlier run
+      statistics.assign(n * kd::kStatisticColumns, 0.0);
+      terms.assign(n * kd::kTermColumns, 0.0);
+    }
     const std::vector<double> p0(n, parameter0), p1(n, parameter1);
     kd::RowDivergence args;
     args.n = n;
@@ -316,6 +318,34 @@ inline void check_poison(Case& clean, Random& random, int poison, int64_t bad, i
     } else {
       CHECK(same && c.soft(row) == clean.soft(row), "poison %d: %s: row %d touched", poison, name, int(row));
     }
+  }
+}
+
+// A vocabulary of which this is a part: a label of another part has a logit, which the statistics were given, and is
+// not subtracted here. And only a row of nothing but -inf has that for its largest logit.
+inline void check_part_of_a_vocabulary(Case c, Random& random) {
+  for (int64_t row = 0; row < c.n; ++row) c.labels.push_back(7 * row % c.vocab), c.hard_weight[row] = 0.5;
+  c.randomize(random, 2.0, -1.0);
+  c.run();
+  Case other = c;
+  for (int64_t row = 0; row < c.n; ++row) other.labels[row] = row % 2 ? c.vocab + row : -1 - row;
+  other.run({kd::kGradient});
+  const auto name = kd::objective_name(c.objective);
+  for (int64_t row = 0; row < c.n; ++row)
+    for (int64_t v = 0; v < c.vocab; ++v) {
+      const double here = c.gradient(c.student, row, v), there = other.gradient(other.student, row, v);
+      const bool right = v == c.labels[row] ? std::fabs(there - here - 0.5) < 1e-6 : there == here;
+      CHECK(right, "label elsewhere: %s: %g, %g", name, here, there);
+    }
+  for (Model* m : {&c.student, &c.teacher}) {
+    for (int64_t v = 0; v < c.vocab; ++v)
+      for (int64_t row : {0, 1}) c.set(*m, row, v, -kInf);
+    c.set(*m, 1, c.vocab / 2, kNaN);
+  }
+  c.run({kd::kStatistics});
+  for (int which : {kd::kMaxStudent, kd::kMaxTeacher}) {
+    CHECK(c.statistics[which] == -kInf, "nothing but -inf: %s: largest %g", name, c.statistics[which]);
+    CHECK(c.statistics[kd::kStatisticColumns + which] != -kInf, "NaN among -inf: %s: none", name);
   }
 }
 

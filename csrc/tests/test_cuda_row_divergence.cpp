@@ -213,6 +213,16 @@ void test_poisoned_rows_stay_alone() {
     }
 }
 
+void test_part_of_a_vocabulary() {
+  Random random{7};
+  for (int o = 0; o < kd::kObjectives; ++o) {
+    shape = kShapes[o % 5];
+    Case c(4, 300);
+    c.objective = objective(o);
+    check_part_of_a_vocabulary(c, random);
+  }
+}
+
 void test_far_and_near() {
   Random random{6};
   for (int o = 0; o < kd::kObjectives; ++o) {
@@ -260,6 +270,7 @@ int main() {
   test_phases_and_in_place();
   test_absent_entries();
   test_poisoned_rows_stay_alone();
+  test_part_of_a_vocabulary();
   test_far_and_near();
   return check::finish();
 }

@@ -222,6 +222,17 @@ void test_poisoned_rows_stay_alone() {
       }
 }
 
+void test_part_of_a_vocabulary() {
+  Random random{9};
+  for (int o = 0; o < kd::kObjectives; ++o)
+    for (bool row_major : {true, false}) {
+      Case c(20, 300);
+      c.row_major = row_major;
+      c.objective = objective(o);
+      check_part_of_a_vocabulary(c, random);
+    }
+}
+
 void test_far_and_near() {
   Random random{8};
   for (int o = 0; o < kd::kObjectives; ++o)
@@ -273,6 +284,7 @@ int main() {
   test_phases_threads_batch_in_place();
   test_absent_entries();
   test_poisoned_rows_stay_alone();
+  test_part_of_a_vocabulary();
   test_far_and_near();
   return check::finish();
 }

@@ -38,8 +38,8 @@ class KDLoss(torch.nn.Module):
         super().__init__()
         if tp_group is not None:
             raise ValueError(
-                "KDLoss: tp_group must be None; vocabulary-parallel logits are not covered: gather them, or "
-                "use Automodel's own KDLoss"
+                "KDLoss: tp_group must be None; vocabulary-parallel logits are not covered here: kd.distill "
+                "takes each rank's part with vocab_group=; or gather them, or use Automodel's own KDLoss"
             )
         self.ignore_index = ignore_index
         self.temperature = temperature

@@ -31,7 +31,8 @@ class LogitsKLLoss(torch.nn.Module):
         if size != 1:
             raise ValueError(
                 f"LogitsKLLoss: model_config.tensor_model_parallel_size is {size}; vocabulary-parallel "
-                f"logits are not covered: use ModelOpt's own LogitsKLLoss, or gather the logits"
+                f"logits are not covered here: kd.distill takes each rank's part with vocab_group=, or use "
+                f"ModelOpt's own LogitsKLLoss, or gather the logits"
             )
         self._temperature = temperature
         self._reverse = reverse

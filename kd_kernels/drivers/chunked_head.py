@@ -22,6 +22,7 @@ from kd_kernels.drivers.sides import HeadSide, LogitsSide, Model, Number, side_o
 from kd_kernels.drivers.sorted_l1 import RankedSide, exact_divergence, topk_divergence
 from kd_kernels.drivers.sparse import SparseSide, Target, sparse_divergence
 from kd_kernels.drivers.tokens import Tokens
+from kd_kernels.drivers.vocabulary_parallel import Shards, vocabulary_parallel_divergence
 from kd_kernels.drivers.workspace import borrow
 from kd_kernels.reference.sorted_l1 import WORKING_BYTES
 
@@ -48,6 +49,7 @@ class Problem:
     workspace_bytes: Optional[int]
     target: Optional[Target] = None  # a sparse teacher, in the place of ``teacher``
     top_k: Optional[int] = None  # of the sorted L1; None: exact
+    shards: Optional[Shards] = None  # of a vocabulary that is split over ranks
     filled: dict[tuple[float, float], Tensor] = field(default_factory=dict)
 
     @property
@@ -155,6 +157,8 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
     name, kernel = _row_kernel(problem, device)
     cut = arrange(problem, name, device)
     student, teacher, chunk, n = cut.student, cut.teacher, cut.rows, problem.tokens.walked
+    if problem.shards is not None:  # all ranks take as many chunks
+        chunk = problem.shards.least(chunk, device)
 
     weights = (
         [problem.soft_weight] if problem.hard_weight is None else [problem.soft_weight, problem.hard_weight]
@@ -175,6 +179,8 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
         labels = None
     if labels is not None:
         labels = problem.tokens.take(labels)
+        if problem.shards is not None:
+            labels = labels - problem.shards.start
 
     terms = torch.zeros(n, R.TERM_COLUMNS, dtype=torch.float64, device=device)
     if statistics is None:
@@ -209,6 +215,10 @@ def walk(problem: Problem, phases: int, statistics: Optional[Tensor] = None) -> 
             if phases & R.GRADIENT:
                 student.carry(start, stop, s)
                 teacher.carry(start, stop, t)
+    if problem.shards is not None:
+        for side in (student, teacher):
+            if isinstance(side, HeadSide) and side.d_hidden is not None:
+                side.d_hidden = problem.shards.summed(side.d_hidden)
     # A weight of 0 silences its term, as it does in the gradient, also where that is infinite.
     columns = zip((soft, *hard), (R.SOFT, R.HARD))
     weighted = [torch.where(w == 0, 0.0, w * terms[:, i]) for w, i in columns]
@@ -225,6 +235,10 @@ def _row_kernel(problem: Problem, device: torch.device) -> tuple[str, RowKernel]
     if problem.is_sorted:
         return _sorted_kernel(problem, device)
     name, kernel = pick("row_divergence", device, problem.backend)
+    if problem.shards is not None:
+        return name, functools.partial(
+            vocabulary_parallel_divergence, divergence=kernel, shards=problem.shards
+        )
     if problem.target is None:
         return name, kernel
     return name, functools.partial(

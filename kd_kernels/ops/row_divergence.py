@@ -22,6 +22,7 @@ from kd_kernels.drivers.scale import scaled
 from kd_kernels.drivers.sides import Model, Number, accumulate_dtype, hidden_gradient_dtype
 from kd_kernels.drivers.sparse import Target
 from kd_kernels.drivers.tokens import Tokens
+from kd_kernels.drivers.vocabulary_parallel import Shards
 from kd_kernels.objectives import CATALOGUE, SortedWasserstein
 from kd_kernels.ops.backward import DENSE, for_all_inputs, refuse_double_backward, save, saved, shapes_of
 from kd_kernels.ops.checks import (
@@ -44,7 +45,7 @@ _CALL = """
     Tensor? labels, Tensor student_temperature, Tensor teacher_temperature, Tensor? token_weight,
     Tensor parameter0, Tensor parameter1, Tensor scalars, str objective, bool temperature_squared,
     ScalarType? compute_dtype, ScalarType? logits_dtype, str? backend, int? workspace_bytes, bool compact,
-    bool[] needs, bool parts, bool per_token, bool deferred, int? top_k"""
+    bool[] needs, bool parts, bool per_token, bool deferred, int? top_k, str? vocab_group"""
 ARGUMENTS = names(_CALL)
 _DIFFERENTIABLE = 6  # the first six
 _SOFT, _HARD = 4, 5  # in ``scalars``
@@ -88,6 +89,8 @@ def _check_values(problem: Problem, call: dict) -> None:
         check_target(problem.target, of_counted, 2**31 - 1 if problem.is_sorted else problem.vocab)
     if problem.labels is not None:
         size = problem.student.vocab_size if problem.hard_weight is None else problem.vocab
+        if problem.shards is not None:
+            size = problem.shards.total
         check_range("labels", of_counted(problem.labels), size, otherwise=IGNORED)
 
 
@@ -128,6 +131,7 @@ def _unpack(call: dict) -> Problem:
     hard = None
     if labels is not None and (scalars[_HARD] != 0 or call["parts"]):
         hard = scalars[_HARD] * weight
+    tokens = Tokens.that_count(call["valid"], models[0].token_count, call["compact"])
     return Problem(
         *models,
         objective=_resolve(call["objective"], call["parameter0"]),
@@ -137,7 +141,7 @@ def _unpack(call: dict) -> Problem:
         hard_weight=hard,
         # the kernels take an address: int64, one after the other, whatever the caller had
         labels=None if labels is None else labels.to(torch.int64).contiguous(),
-        tokens=Tokens.that_count(call["valid"], models[0].token_count, call["compact"]),
+        tokens=tokens,
         entropies=call["parts"],
         compute_dtype=call["compute_dtype"],
         logits_dtype=call["logits_dtype"],
@@ -145,6 +149,7 @@ def _unpack(call: dict) -> Problem:
         workspace_bytes=call["workspace_bytes"],
         target=_target(call),
         top_k=call["top_k"],
+        shards=_shards(call, models[0], tokens),
     )
 
 
@@ -158,6 +163,18 @@ def _target(call: dict) -> Optional[Target]:
         None if tail is None else tail.reshape(-1),
         call["missing"],
     )
+
+
+def _shards(call: dict, student: Model, tokens: Tokens) -> Optional[Shards]:
+    if call["vocab_group"] is None:
+        return None
+    alike = {
+        "the number of tokens that count": tokens.walked,
+        "the gradients wanted of each model's values, weight and bias": sum(
+            want << i for i, want in enumerate(call["needs"])
+        ),
+    }
+    return Shards.exchanged(call["vocab_group"], student.vocab_size, student.values.device, **alike)
 
 
 def _without_gradients(problem: Problem) -> Problem:
@@ -182,6 +199,7 @@ def _forward(*arguments):
         per_token: return ``[N]`` losses instead of their sum.
         deferred: leave gradients to the backward pass.
         top_k: of the sorted L1, whose vocabularies may differ; None: exact.
+        vocab_group: the process group over which the vocabulary is split; None: it is not.
 
     Returns:
         loss (0-d or ``[N]``), terms ``[N, 4]``, statistics ``[N, 10]``, factor (0-d), and the six
