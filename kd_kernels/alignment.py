@@ -88,10 +88,10 @@ class Alignment(Shown):
     samples: int
 
     def sample_weight(self) -> Tensor:
-        """``[P]`` float32: the ``token_weight`` with which ``reduction="mean"`` is the mean over samples of
+        """``[P]`` float64: the ``token_weight`` with which ``reduction="mean"`` is the mean over samples of
         each sample's mean over its pairs, as published code has it; a sample without pairs adds 0."""
         pairs = torch.bincount(self.sample, minlength=self.samples)
-        return len(self.sample) / (self.samples * pairs[self.sample]).to(torch.float32)
+        return len(self.sample) / (self.samples * pairs[self.sample]).to(torch.float64)
 
 
 @outside_graphs
@@ -166,7 +166,9 @@ def align_tokens(
     ``"bayesian"``: the last one's, times the earlier tokens, as the chain rule has it.
 
     Args:
-        student_rows: per sample, the rows that predict its answer's tokens (:func:`answer_rows`).
+        student_rows: per sample, the rows that predict its answer's tokens (:func:`answer_rows`); -1 for a
+            token that none does, an answer's first one at position 0: what it would be paired with, or its
+            group, is left out.
         teacher_rows: likewise, of the teacher's tokens.
         groups: per sample, pairs of positions in these (:func:`byte_groups`). None: position by position, up
             to the end of the shorter answer.
@@ -192,8 +194,11 @@ def align_tokens(
         answers = [_rows(side.name, rows) for side, rows in zip(sides, answers)]
         shorter = min(len(rows) for rows in answers)
         for group in groups[i] if groups is not None else [((j,), (j,)) for j in range(shorter)]:
-            for side, rows, positions in zip(sides, answers, group):
-                side.add(rows, positions, merge, i)
+            chosen = [side.chosen(rows, positions, i) for side, rows, positions in zip(sides, answers, group)]
+            if min(map(min, chosen)) < 0:
+                continue
+            for side, rows in zip(sides, chosen):
+                side.add(rows, merge)
             sample.append(i)
     student, teacher = (side.done() for side in sides)
     return Alignment(student, teacher, torch.tensor(sample, dtype=torch.int64), len(student_rows))
@@ -201,11 +206,11 @@ def align_tokens(
 
 def _rows(name: str, rows: Rows) -> list[int]:
     rows = rows.tolist() if hasattr(rows, "tolist") else list(rows)
-    if all(isinstance(row, numbers.Integral) and not isinstance(row, bool) and row >= 0 for row in rows):
+    if all(isinstance(row, numbers.Integral) and not isinstance(row, bool) and row >= -1 for row in rows):
         return [int(row) for row in rows]
     raise ValueError(
-        f"{name}_rows must hold row numbers >= 0 for each sample, as kd.answer_rows(mask) gives; got "
-        f"{rows[:8]}"
+        f"{name}_rows must hold row numbers for each sample, as kd.answer_rows(mask) gives, or -1 where none "
+        f"predicts the token; got {rows[:8]}"
     )
 
 
@@ -216,14 +221,17 @@ class _Building:
         self.given: list[int] = []
         self.given_pair: list[int] = []
 
-    def add(self, rows: list[int], positions: Sequence[int], merge: str, sample: int) -> None:
+    def chosen(self, rows: list[int], positions: Sequence[int], sample: int) -> list[int]:
+        """The rows of a group."""
         if not positions or min(positions) < 0 or max(positions) >= len(rows):
             raise ValueError(
                 f"groups of sample {sample}: {list(positions)} must be one or more positions in the "
-                f"{self.name}'s answer of {len(rows)} tokens that have a row (neither the prompt's nor one "
-                f"at position 0)"
+                f"{self.name}'s answer of {len(rows)} tokens that have a row (not the prompt's; -1 is the "
+                f"row of a first token at position 0)"
             )
-        tokens = [rows[position] for position in positions]
+        return [rows[position] for position in positions]
+
+    def add(self, tokens: list[int], merge: str) -> None:
         own = tokens.pop() if merge == "bayesian" else tokens.pop(0)
         self.given += tokens
         self.given_pair += [len(self.rows)] * len(tokens)
@@ -244,7 +252,7 @@ def _begins_before(end: int, spans: list[tuple[int, int]], at: int) -> bool:
 
 def _spans(name: str, tokens: Sequence) -> list[tuple[int, int]]:
     """(start, end) of each token."""
-    wrong = ValueError(f"{name} must hold lengths >= 0, or (start, end) pairs, one per token")
+    wrong = ValueError(f"{name} must hold lengths >= 0, or (start, end) pairs, one per token of one sample")
     tokens = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
     if not isinstance(tokens, list):  # a single number
         raise wrong
@@ -252,7 +260,10 @@ def _spans(name: str, tokens: Sequence) -> list[tuple[int, int]]:
         ends = list(accumulate(int(token) for token in tokens))
         spans = list(zip([0, *ends], ends))
     elif all(
-        isinstance(token, Sequence) and not isinstance(token, str) and len(token) == 2 for token in tokens
+        isinstance(token, Sequence)
+        and len(token) == 2
+        and all(isinstance(x, numbers.Integral) for x in token)
+        for token in tokens
     ):
         spans = [(int(start), int(end)) for start, end in tokens]
     else:

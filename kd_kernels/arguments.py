@@ -89,18 +89,25 @@ def _logits_hint(*sources: Source) -> str:
     return ". A bare tensor is taken as logits; hidden states go in as kd.Head(hidden, weight)"
 
 
+def _batch_hint(student: Source, teacher: Teacher) -> str:
+    lead = [[size for size in x.leading_shape if size != 1] for x in (student, teacher)]
+    return "; take the dimension of 1 off, as in hidden[0]" if lead[0] == lead[1] else ""
+
+
 def check_sources(student: Source, teacher: Teacher, vocab: str, teacher_name: str = "teacher") -> None:
     """A student and a teacher that fit together."""
     if student.leading_shape != teacher.leading_shape:
         raise ValueError(
             f"student and {teacher_name} must have the same tokens; their leading shapes are "
             f"{tuple(student.leading_shape)} and {tuple(teacher.leading_shape)}"
+            + _batch_hint(student, teacher)
         )
     sparse = isinstance(teacher, SparseTarget)
     if not sparse and student.vocab_size != teacher.vocab_size and vocab == "error":
         raise ValueError(
             f"student has {student.vocab_size} vocabulary entries and {teacher_name} {teacher.vocab_size}; "
-            f'vocab="truncate" restricts both to the first {min(student.vocab_size, teacher.vocab_size)}'
+            f'of one tokenizer, padded to two sizes, vocab="truncate" restricts both to the first '
+            f"{min(student.vocab_size, teacher.vocab_size)}; of two, see kd.SortedWasserstein"
             + _logits_hint(student, teacher)
         )
     for name, source in (("student", student), (teacher_name, teacher)):

@@ -114,6 +114,9 @@ def sinkhorn(
     Source: Cuturi 2013, "Sinkhorn Distances"; gradients: docs/sinkhorn.md.
     """
     _check_options(cost, domain, order, mass, gradient, backend)
+    for name, marginal in (("a", a), ("b", b)):
+        if marginal is not None:
+            _check_floating(name, marginal)
     check_positive("epsilon", epsilon)
     if tolerance is not None:
         check_positive("tolerance", tolerance)
@@ -262,11 +265,16 @@ def apart_from_nan(cost: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 # --- checks -------------------------------------------------------------------------------------------
 
 
+def _check_floating(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating tensor, got {found}")
+
+
 def _check_options(
     cost: Tensor, domain: str, order: str, mass: str, gradient: str, backend: Optional[str]
 ) -> None:
-    if not isinstance(cost, Tensor) or not cost.dtype.is_floating_point:
-        raise TypeError(f"cost must be a floating tensor, got {getattr(cost, 'dtype', type(cost).__name__)}")
+    _check_floating("cost", cost)
     if cost.dim() not in (2, 3):
         raise ValueError(f"cost must be [n, m] or [B, n, m], got {tuple(cost.shape)}")
     for name, value, known in (
@@ -342,8 +350,6 @@ def _marginals(
                 raise ValueError(
                     f'mass="unit" makes every entry 1; with {name}= given, leave it "probability"'
                 )
-            if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-                raise TypeError(f"{name} must be a floating tensor")
             if value.device != cost.device:
                 raise ValueError(f"{name} is on {value.device}, the cost on {cost.device}")
             if value.shape[-1:] != (size,) or value.dim() not in (1, 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Optional, Union
 
@@ -58,8 +59,9 @@ def _check_shaping(owner: str, scale: float, softcap: Optional[float]) -> None:
     for name, value in (("scale", scale), ("softcap", softcap)):
         if isinstance(value, Tensor):
             raise TypeError(f"{owner}: {name} must be a number, got a tensor; use {name}.item()")
-        if isinstance(value, bool):
-            raise TypeError(f"{owner}: {name} must be a number, got {value}")
+        absent = name == "softcap" and value is None
+        if isinstance(value, bool) or not absent and not isinstance(value, (int, float, numbers.Real)):
+            raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     if not abs(scale) < float("inf"):
         raise ValueError(f"{owner}: scale must be finite, got {scale}")
     if softcap is not None and not 1e-30 < softcap < float("inf"):

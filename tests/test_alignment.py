@@ -102,10 +102,12 @@ def test_by_position_up_to_the_shorter():
         (lambda: kd.answer_rows(torch.ones(3)), r"bool \[B, T\]"),
         (lambda: kd.byte_groups([(0, 1, 2)], [1]), "student must hold lengths"),
         (lambda: kd.byte_groups(torch.tensor(3), [3]), "student must hold lengths"),
+        (lambda: kd.byte_groups([[(0, 1), (1, 2)]], [[(0, 2)]]), "one per token of one sample"),
+        (lambda: kd.align_tokens([[-2]], [[0]]), "or -1 where none predicts the token"),
         (lambda: kd.byte_groups([3], [4, -1]), "teacher must hold lengths >= 0"),
         (lambda: kd.byte_groups([3], [(3, 0)]), "teacher must hold lengths >= 0"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
@@ -169,11 +171,17 @@ def gold(own, other, vocabularies=(None, None), **config):
     return loss(*logits, own.labels, other.labels, own.ids, other.ids, own.spans, other.spans)
 
 
+def rows_of(labels):
+    """-1 for a token that no row predicts."""
+    rows = kd.answer_rows(kd.next_token_labels(labels) != -100)
+    return [torch.cat([torch.tensor([-1]), r]) if x[0] != -100 else r for r, x in zip(rows, labels)]
+
+
 def aligned(own, other, merge, extended=True, late=0):
     """Both heads at the pairs, the pairs' log masses and weights. ``late``: GOLD's "observed" takes the row
     at each token, not the one that predicts it."""
     sides = own, other
-    rows = [[r + late for r in kd.answer_rows(kd.next_token_labels(side.labels) != -100)] for side in sides]
+    rows = [[r + late for r in rows_of(side.labels)] for side in sides]
     groups = [kd.byte_groups(a, b) for a, b in zip(own.pieces, other.pieces)] if extended else None
     alignment = kd.align_tokens(*rows, groups, merge=merge)
     heads = [kd.Head(side.hidden, side.weight) for side in sides]
@@ -207,6 +215,28 @@ def test_the_loss_of_trl(merge, extended):
         assert error(got, want) < 1e-12 and want.any()
     if extended:
         assert error(loss, ours(own, other, merge, False, late=int(merge == "observed"))) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("extended", [True, False], ids=["groups", "by position"])
+@pytest.mark.parametrize("begin", ["student", "teacher", "both"])
+def test_an_answer_that_begins_at_position_0(begin, extended):
+    """Its first token has no row, on that side only; TRL leaves its group or pair out."""
+    own, other = answers()
+    for name, side in (("student", own), ("teacher", other)):
+        if begin not in (name, "both"):
+            continue
+        size = len(side.pieces[1])
+        start = int((side.labels[1] != -100).nonzero()[0])
+        side.spans[1, :size] = side.spans[1, start : start + size].clone()
+        side.labels[1] = -100
+        side.labels[1, :size] = side.ids[1, :size]
+    theirs = gold(own, other, use_extended_uld=extended, uld_token_merge_strategy="bayesian")
+    loss = ours(own, other, "bayesian", extended)
+    torch.testing.assert_close(loss, theirs)
+    wanted = [own.hidden, own.weight, other.hidden, other.weight]
+    for got, want in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(theirs, wanted)):
+        assert error(got, want) < 1e-12 and want.any()
 
 
 def test_by_position_as_in_dskd():

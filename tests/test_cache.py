@@ -138,7 +138,7 @@ def test_no_pickle_and_no_pyarrow_before_it_is_used(tmp_path):
 
 def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pip install 'kd-kernels\[cache\]'"):
+    with pytest.raises(ImportError, match=r"pip install pyarrow"):
         create(tmp_path)
 
 
@@ -352,7 +352,7 @@ def test_no_cache(tmp_path):
     with pytest.raises(kd.CacheError, match="not a teacher cache: it has no manifest.json"):
         kd.TeacherCache.open(tmp_path)
     cache = write(tmp_path, records(1))
-    with pytest.raises(KeyError, match="nowhere"):
+    with pytest.raises(KeyError, match="no sequence 'nowhere' among the [0-9]+ of this cache"):
         cache["nowhere"]
 
 

@@ -274,6 +274,8 @@ REFUSED = {
     "torchtune ratio, chunks": (lambda: torchtune.SymmetricKLWithChunkedOutputLoss(8, -0.1), ValueError, "sym_kd_ratio"),
     "torchtune chunk count": (lambda: torchtune.ForwardKLWithChunkedOutputLoss(2)([Z[None]], [Z[None]], LABELS[None]), ValueError, "num_output_chunks=2, but student_logits has 1"),
     "torchtune chunk length": (lambda: torchtune.ForwardKLWithChunkedOutputLoss(1)([Z[None]], [Z[None]], LABELS[None, :2]), ValueError, "3 positions and labels 2"),
+    "torchtune chunks": (lambda: torchtune.ForwardKLLoss()([Z], [Z], LABELS), TypeError, "student_logits must be a tensor .*got list; chunks go"),
+    "torchtune no chunks": (lambda: torchtune.ForwardKLWithChunkedOutputLoss(2)(Z, [Z], LABELS), TypeError, "student_logits must be a list of chunks"),
     "torchtune vocabularies": (lambda: torchtune.ReverseKLLoss()(Z, torch.randn(3, 11), LABELS), ValueError, "9 vocabulary entries and teacher 11"),
     "automodel tp_group": (lambda: automodel.KDLoss(tp_group=object()), ValueError, "tp_group must be None"),
     "automodel student DTensor": (lambda: automodel.KDLoss()(SHARDED, Z, LABELS), TypeError, "values is a DTensor"),

@@ -16,6 +16,6 @@ def arrow() -> ModuleType:
         import pyarrow.ipc
     except ImportError as error:
         raise ImportError(
-            f"a teacher cache needs pyarrow, which did not import ({error}): pip install 'kd-kernels[cache]'"
+            f"a teacher cache needs pyarrow, which did not import ({error}): pip install pyarrow"
         ) from error
     return pyarrow

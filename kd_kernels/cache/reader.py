@@ -98,9 +98,15 @@ class TeacherCache:
             KeyError, TypeError: no such sequence.
             CacheError: its shard is damaged.
         """
-        number, row = self._places[name_of(sequence_id)]
+        number, row = self._place(sequence_id)
         shard = self._shards.get(number) or self._open(number)
         return shard.record(row, self.manifest)
+
+    def _place(self, sequence_id: Union[str, int]) -> tuple[int, int]:
+        name = name_of(sequence_id)
+        if name not in self._places:
+            raise KeyError(f"no sequence {name!r} among the {len(self)} of this cache")
+        return self._places[name]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -117,7 +123,7 @@ class TeacherCache:
 
     def length(self, sequence_id: Union[str, int]) -> int:
         """Tokens of a sequence, without reading it."""
-        number, row = self._places[name_of(sequence_id)]
+        number, row = self._place(sequence_id)
         return self.shards[number].lengths[row]
 
     @property

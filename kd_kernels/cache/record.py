@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kd_kernels.cache.draws import Draws
-from kd_kernels.sources import SparseTarget, sampled_of, target_of
+from kd_kernels.sources import Shown, SparseTarget, sampled_of, target_of
 
 
-@dataclass(frozen=True)
-class TeacherRecord:
+@dataclass(frozen=True, repr=False)
+class TeacherRecord(Shown):
     """What is known of a teacher on a sequence of L tokens, or on a batch ``[B, L]``: the part of
     :class:`kd_kernels.TopK` that is saved, under the same names. Row j is the teacher's distribution after
     token j, of token j + 1. None where the cache has none."""

@@ -248,7 +248,10 @@ def _rows(manifest: Manifest, name: str, columns: Columns, temperature: object) 
         shape = (length,) if width is None else (length, width)
         if value is None or tuple(value.shape) != shape:
             found = None if value is None else tuple(value.shape)
-            raise ValueError(f"sequence {name!r}: {column} must be {shape}, one row a token; got {found}")
+            batch = "; append_batch takes a batch" if value is not None and value.dim() > len(shape) else ""
+            raise ValueError(
+                f"sequence {name!r}: {column} must be {shape}, one row a token; got {found}{batch}"
+            )
         _check_dtype(manifest, name, column, value)
         rows[column] = value.detach().cpu()
         if column == "ids":

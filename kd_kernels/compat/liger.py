@@ -353,6 +353,9 @@ def _check_eps(owner: str, eps: float) -> None:
 
 
 def _check_vocabularies(owner: str, student_weight: Tensor, teacher_weight: Tensor) -> None:
+    for name, weight in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{owner}: {name} must be a tensor [V, D], got {type(weight).__name__}")
     if student_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
             f"{owner}: student_weight has {student_weight.shape[0]} vocabulary entries and teacher_weight "

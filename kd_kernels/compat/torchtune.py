@@ -37,6 +37,12 @@ class _Loss(torch.nn.Module):
     ) -> Tensor:
         """Logits ``[..., V]``, one label for each token, in any shape; a 0-d loss, the mean over
         tokens that count, or with ``normalize=False`` their sum."""
+        if not isinstance(student_logits, Tensor):
+            owner, found = type(self).__name__, type(student_logits).__name__
+            raise TypeError(
+                f"{owner}: student_logits must be a tensor [..., V], got {found}; chunks go to the "
+                f"WithChunkedOutput form"
+            )
         loss, parts = distill(
             student_logits,
             teacher_logits,
@@ -113,6 +119,9 @@ class _ChunkedLoss(torch.nn.Module):
             ValueError: other numbers of chunks, or chunks that do not add up to the labels.
         """
         owner = type(self).__name__
+        for name, chunks in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            if isinstance(chunks, Tensor):
+                raise TypeError(f"{owner}: {name} must be a list of chunks [B, t, V], got a tensor")
         counts = (len(student_logits), len(teacher_logits))
         if counts != (self.num_output_chunks,) * 2:
             raise ValueError(
