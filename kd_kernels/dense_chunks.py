@@ -106,8 +106,8 @@ class _Product(torch.autograd.Function):
     def back(
         gradient: Tensor, hidden: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Optional[Tensor], ...]:
-        # 1 / tokens and the like would be nothing in float16.
-        scale = gradient.abs().amax().clamp(min=1e-30) if gradient.numel() else 1.0
+        # 1 / tokens would be nothing in float16. One scale for all rows, and not of one that is NaN.
+        scale = gradient.abs().nan_to_num(0.0, 0.0).amax().clamp(min=1e-30) if gradient.numel() else 1.0
         narrow = (gradient / scale).to(hidden.dtype)
         d_hidden = d_weight = d_sum = None
         if needs[0]:

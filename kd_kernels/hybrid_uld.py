@@ -175,7 +175,7 @@ def hybrid_uld(
     found = by_chunks(terms, kept, *chunks, *(x.split(len(chunks[0][0]) or 1) for x in masses))
     loss = (found * found.new_tensor(weights)).sum(1)
     if token_weight is not None:
-        loss = loss * per_token("token_weight", saveable(token_weight), lead, device).to(dtype)
+        loss = loss * saveable(per_token("token_weight", token_weight, lead, device)).to(dtype)
     if reduction == "none":
         loss = loss.reshape(lead)
     else:

@@ -128,7 +128,7 @@ def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
 
     def no_logits(x: Tensor, *_: Any, **__: Any) -> Tensor:
         received.append(x)
-        return x[..., :1]
+        return x[..., :1].clone()  # a model may scale its logits in place
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         try:  # only here is it known what the wrappers made of positional arguments

@@ -27,7 +27,7 @@ from kd_kernels.rows import (
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-_ABI_VERSION = 7  # that of csrc/bindings.cpp: goes up when csrc/*.h changes what a call means
+_ABI_VERSION = 8  # that of csrc/bindings.cpp, which says when it goes up
 _REBUILD = "run `pip install .` in the source tree with a C++ compiler"
 
 

@@ -17,7 +17,7 @@ from kd_kernels.rows import RowJob, Rows
 
 STANDING = 'was slower than Triton on an H200: serves only calls that say backend="cuda"'
 LIBRARY = Path(__file__).resolve().parent / "libkd_kernels_cuda.so"
-_ABI_VERSION = 1  # that of csrc/cuda/library.cpp: goes up when what it offers, or a structure, changes
+_ABI_VERSION = 2  # that of csrc/cuda/library.cpp, which says when it goes up
 _REBUILD = "with nvcc on the path, run `KD_KERNELS_CUDA=on pip install .` in the source tree"
 
 # In the order of csrc/rows.h and csrc/row_divergence.h.

@@ -1,9 +1,10 @@
 """The catalogue: what is minimised, as plain data.
 
 ``p`` is the teacher's distribution, ``q`` the student's, both over the vocabulary at one token. Each
-class carries its parameters, its formula and where the formula comes from; the arithmetic lives in
-``reference/row_divergence.py`` (torch), ``csrc/objectives.h`` (C++ and CUDA) and
-``triton_kernels/objectives.py`` (Triton), under the same ``name``.
+class carries its parameters, its formula and where the formula comes from; the arithmetic of a divergence
+lives in ``reference/row_divergence.py`` (torch), ``csrc/objectives.h`` (C++ and CUDA) and
+``triton_kernels/objectives.py`` (Triton), under the same ``name``; SortedWasserstein and SinkhornBatch, which
+are none, have kernels of their own.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ class WeightedKL(Shown, Objective):
 @dataclass(frozen=True, eq=False, repr=False)
 class SortedWasserstein(Shown, Objective):
     """``sum_k |p_(k) - q_(k)|``, both in descending order, the smaller vocabulary filled up with zeros: for a
-    teacher with another vocabulary (Universal Logit Distillation, ULD). ``vocab=`` takes no notice of it.
+    teacher with another vocabulary (Universal Logit Distillation, ULD). ``vocab=`` has no effect on it.
 
     It says how peaked the student should be, not at which tokens. Equal probabilities stand in the order of
     their ids, and the gradient of ``|0|`` is 0. Without a factor: published code multiplies by 1.5.

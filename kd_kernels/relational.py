@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kd_kernels.arguments import check_backend, check_positive, number, refuse_transforms
+from kd_kernels.arguments import check_backend, check_positive, is_number, number, refuse_transforms
 from kd_kernels.ops.angle import angle as _angle
 from kd_kernels.ops.distance import distance as _distance
 from kd_kernels.points import check_points, check_points_mask
@@ -52,7 +52,7 @@ def relational_distance(
     Double backward is not implemented and raises; ``torch.func`` transforms are refused.
     """
     _check("relational_distance", student, teacher, mask, beta, backend)
-    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
+    if not (is_number(eps) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
     rows, needs = _rows(student, teacher, teacher_grad)
     return _distance(*rows, mask, number(beta), number(eps), backend, needs)[0]

@@ -125,7 +125,7 @@ def sinkhorn(
     single = cost.dim() == 2 and all(x is None or x.dim() == 1 for x in (a, b)) and lengths is None
     count = _batch(cost, a, b, lengths)
     a, b = _marginals(cost, (a, b), lengths, count, mass, state)
-    if cost.dim() == 2 and single:
+    if single:
         cost = cost[None]
     ahead = [float(e) for e in (() if epsilon_schedule is None else epsilon_schedule)]
     exact = tolerance is None and iterations is not None

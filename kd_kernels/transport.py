@@ -13,6 +13,7 @@ from kd_kernels.arguments import (
     check_positive,
     check_reduction,
     check_resources,
+    is_number,
     refuse_transforms,
     saveable,
 )
@@ -219,11 +220,11 @@ def class_transport(
     _check_options(epsilon, iterations, order)
     check_reduction(reduction)
     check_positive("temperature", temperature)
-    if not isinstance(target_weight, (int, float)) or not -math.inf < target_weight < math.inf:
+    if not is_number(target_weight) or not -math.inf < target_weight < math.inf:
         raise ValueError(f"target_weight must be a finite number, got {target_weight!r}")
     if target_weight and labels is None:
         raise ValueError("target_weight needs labels")
-    if not isinstance(denominator_eps, (int, float)) or not 0 <= denominator_eps < math.inf:
+    if not is_number(denominator_eps) or not 0 <= denominator_eps < math.inf:
         raise ValueError(f"denominator_eps must be a finite number >= 0, got {denominator_eps!r}")
     if denominator_eps and domain != "scaling":
         raise ValueError(f'denominator_eps needs domain="scaling", got {domain!r}')

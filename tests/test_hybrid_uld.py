@@ -9,6 +9,7 @@ from test_alignment import aligned, answers, gold
 from watch import Largest
 
 import kd_kernels as kd
+from kd_kernels.dense_chunks import _Product
 
 SIZES = (41, 29)
 
@@ -271,6 +272,26 @@ def test_nan_is_its_own_row_s():
     found = kd.hybrid_uld(z, y, torch.tensor([[0, 1]]), reduction="none")
     assert found.isnan().tolist() == [False, True, True, False]
     assert torch.equal(found[[0, 3]], usual[[0, 3]])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_nan_leaves_the_hidden_states_of_others(wrong):
+    """A head's gradient has one scale for all rows of a chunk."""
+    h, w, g, v = (x.detach() for x in heads())
+    h[1, 0] = wrong
+    h.requires_grad_()
+    loss = kd.hybrid_uld(kd.Head(h, w), kd.Head(g, v), torch.tensor([[0, 1]]), reduction="none")
+    rest = torch.arange(len(h)) != 1
+    (gradient,) = torch.autograd.grad(loss[rest].sum(), h)
+    assert gradient[rest].isfinite().all() and gradient[rest].any()
+
+
+def test_a_small_weight_in_float16():
+    """1 / tokens times what there is may be less than float16 has, and count for much under large weights."""
+    gradient = torch.randn(3, 9) * 1e-7
+    hidden, weight = torch.randn(3, 5).half(), (torch.randn(9, 5) * 1e4).half()
+    d_hidden, d_weight, _ = _Product.back(gradient, hidden, weight, (True, False, False))
+    assert d_weight is None and error(d_hidden, gradient.double() @ weight.double()) < 2e-3
 
 
 def test_no_pairs():

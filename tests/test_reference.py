@@ -118,3 +118,16 @@ def test_a_saved_vocabulary_named_as_a_whole_is_the_dense_one(objective):
                 continue
             found = dense_distill(z, kd.SparseTarget(ids, logprobs, missing), objective, reduction="none")
             torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_the_dense_loss_refuses_what_distill_does():
+    z, y = torch.randn(3, 5), torch.randn(3, 5)
+    for call, message in (
+        ({"reduction": "batch"}, "reduction must be"),
+        ({"hard_weight": 0.5}, "hard_weight=0.5 needs labels"),
+    ):
+        for loss in (dense_distill, kd.distill):
+            with pytest.raises(ValueError, match=message):
+                loss(z, y, kd.ForwardKL(), **call)
+    both = [loss(z[0], y[0], kd.ForwardKL(), reduction="batchmean") for loss in (dense_distill, kd.distill)]
+    torch.testing.assert_close(*both)

@@ -254,6 +254,15 @@ def check_disagreement(world, rank, mesh):
         kd.distill(student.clone().requires_grad_(rank == 0), teacher, JS, reduction="none", **group)
 
 
+def check_no_room(world, rank, mesh):
+    """For the largest part: an error on every rank, also on those whose part would fit."""
+    batch = Batch()
+    part = part_of(batch.vocab, world, rank)
+    mine = [own(batch.source(side, "head", torch.float32), part) for side in ("student", "teacher")]
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        kd.distill(*mine, JS, vocab_group=dist.group.WORLD, workspace_bytes=900)
+
+
 def check_refusals(world, rank, mesh):
     student, teacher, part = rows(world, rank)
     sparse = kd.SparseTarget(torch.zeros(4, 1, dtype=torch.int32), torch.full((4, 1), -0.5))

@@ -217,8 +217,9 @@ def cotangent(plan, cost, d_plan, i, j, n, m, weight, PLAN: tl.constexpr):
 
 
 @triton.jit
-def per_mass(x, mass):
-    return tl.where(mass > 0.0, x / tl.where(mass > 0.0, mass, 1.0), 0.0)
+def over(x, sums):
+    """``x / sums``, 0 where there is no sum."""
+    return tl.where(sums > 0.0, x / tl.where(sums > 0.0, sums, 1.0), 0.0)
 
 
 @triton.jit(do_not_specialize=["iterations"])
@@ -276,7 +277,7 @@ def unrolled(
         tl.store(d_cost + at, weight * plan - through * inverse, mask=(i < n)[:, None] & inside[None, :])
         sums += through
         arriving = tl.load(d_phi + i, mask=i < n, other=0.0)
-        # Where d_a will be summed up stands meanwhile what arrives at the last row potentials.
+        # Until the loop below sums it up, d_a holds what arrives at the last row potentials.
         tl.store(d_a + i, tl.where(mass_i > 0.0, arriving + tl.sum(through, 1), 0.0), mask=i < n)
     d_column = tl.load(d_psi + problem * m + j, mask=inside, other=0.0) + tl.sum(sums, 0)
     tl.debug_barrier()
@@ -289,7 +290,7 @@ def unrolled(
         old = tl.where(mass_j > 0.0, 0.0, -inf).to(F)
         if step > 0:
             old = tl.load(psi_history + (step - 1) * m + j, mask=inside, other=-inf)
-        by_column = per_mass(d_column, mass_j)
+        by_column = over(d_column, mass_j)
         sums = tl.zeros([ROWS, COLUMNS], F)
         for first in range(0, n, ROWS):
             i, mass_i = masses_of_rows(a, first, n, ROWS, F)
@@ -299,7 +300,7 @@ def unrolled(
             d_mass_i = tl.load(d_a + i, mask=i < n, other=0.0)
             d_row = tl.where(step == iterations - 1, d_mass_i, 0.0) - tl.sum(columns, 1)
             tl.store(d_a + i, tl.where(step == iterations - 1, 0.0, d_mass_i) + d_row, mask=i < n)
-            rows = exponential(log_plan(row, old, c, inverse)) * per_mass(d_row, mass_i)[:, None]
+            rows = exponential(log_plan(row, old, c, inverse)) * over(d_row, mass_i)[:, None]
             sums -= rows
             at, whole = i.to(tl.int64)[:, None] * m + j[None, :], (i < n)[:, None] & inside[None, :]
             gradient = tl.load(d_cost + at, mask=whole, other=0.0)
@@ -308,12 +309,6 @@ def unrolled(
         tl.debug_barrier()
         step -= 1
     tl.store(d_b + problem * m + j, d_mass_j, mask=inside)
-
-
-@triton.jit
-def over(x, sums):
-    """``x / sums``, 0 where there is no sum."""
-    return tl.where(sums > 0.0, x / tl.where(sums > 0.0, sums, 1.0), 0.0)
 
 
 @triton.jit

@@ -308,12 +308,23 @@ class Solver : Transport<T> {
 template <class Runner>
 void run_problems(const Sinkhorn& args) {
   const int64_t threads = args.threads < args.count ? args.threads : args.count;
+  // An exception must not leave a team: a thread without memory takes no problem, and then the call has none.
+  int64_t next = 0;
+  bool out_of_memory = false;
 #pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
   {
-    Runner runner(args);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t problem = 0; problem < args.count; ++problem) runner.run(problem);
+    try {
+      Runner runner(args);
+      for (;;) {
+        const int64_t problem = __atomic_fetch_add(&next, int64_t{1}, __ATOMIC_RELAXED);
+        if (problem >= args.count) break;
+        runner.run(problem);
+      }
+    } catch (const std::bad_alloc&) {
+      __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+    }
   }
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 template <class T>

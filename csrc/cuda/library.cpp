@@ -14,8 +14,9 @@ namespace kd {
 namespace cuda {
 namespace {
 
-// Raised with every change to what follows or to the structures of rows.h and row_divergence.h.
-constexpr int kAbiVersion = 1;
+// Raised with every change to what follows, or to what rows.h and row_divergence.h say of a call;
+// kd_kernels/native_cuda.py compares.
+constexpr int kAbiVersion = 2;
 constexpr int kThreads = kWarp * kMostWarps;
 
 // Where a call leaves its reason for failing.

@@ -92,9 +92,7 @@ class SymmetricKLLoss(_Loss):
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
         if not 0.0 <= sym_kd_ratio <= 1.0:
             raise ValueError(f"SymmetricKLLoss: sym_kd_ratio must be in [0, 1], got {sym_kd_ratio}")
-        ends = {1.0: ForwardKL(), 0.0: ReverseKL()}  # without a term 0 * inf
-        objective = ends.get(sym_kd_ratio) or WeightedKL(sym_kd_ratio, 1 - sym_kd_ratio)
-        super().__init__(objective, sym_kd_ratio, ignore_index)
+        super().__init__(WeightedKL(sym_kd_ratio, 1 - sym_kd_ratio), sym_kd_ratio, ignore_index)
         self.sym_kd_ratio = sym_kd_ratio
 
 

@@ -123,6 +123,8 @@ def arrange(problem: Problem, backend: str, device: torch.device) -> Arrangement
         labels = None if problem.hard_weight is None else problem.labels
         teacher = SparseSide(problem.target, labels, tokens, problem.vocab)
     vocab = max(problem.vocab, problem.teacher_vocab)
+    if problem.shards is not None:
+        vocab = problem.shards.largest
     sorts = problem.is_sorted and problem.top_k is None and backend != "cpu"
     rows, size = cut(
         (student, teacher),

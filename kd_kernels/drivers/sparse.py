@@ -187,8 +187,8 @@ def _short_job(job: R.RowJob, view: _View, phases: int) -> tuple[R.RowJob, Tenso
 
 
 def implied_log_tail(mass: Tensor) -> Tensor:
-    """Rounding takes the last digits of 1 - mass: not to be believed where it says 0, unless there is no
-    other token."""
+    """log(1 - mass), at least that of float32's last digit: rounding leaves no more of it. Whether there is
+    any other token the caller knows."""
     return torch.log((1 - mass).clamp(min=_RESOLUTION))
 
 

@@ -23,9 +23,10 @@ class Shards:
     group: dist.ProcessGroup
     start: int
     total: int  # entries of all ranks
+    largest: int  # part: chunks are cut for it, so that all ranks have room or none has
 
     @classmethod
-    def exchanged(cls, name: str, vocab: int, device: torch.device, **alike: int) -> Shards:
+    def exchanged(cls, name: str, vocab: int, device: torch.device, alike: dict[str, int]) -> Shards:
         """Of the group called ``name``, this rank holding ``vocab`` entries. What must be ``alike`` on all
         ranks, or they would add up what does not belong together, is compared. Waits for the device."""
         group = dist.distributed_c10d._resolve_process_group(name)
@@ -36,7 +37,7 @@ class Shards:
         for what, values in zip(alike, others):
             if len(set(values)) > 1:
                 raise ValueError(f"vocab_group: {what} must be the same on every rank, got {values}")
-        return cls(group, sum(sizes[: group.rank()]), sum(sizes))
+        return cls(group, sum(sizes[: group.rank()]), sum(sizes), max(sizes))
 
     def least(self, number: int, device: torch.device) -> int:
         """Of all ranks; waits for the device."""

@@ -174,7 +174,7 @@ def _shards(call: dict, student: Model, tokens: Tokens) -> Optional[Shards]:
             want << i for i, want in enumerate(call["needs"])
         ),
     }
-    return Shards.exchanged(call["vocab_group"], student.vocab_size, student.values.device, **alike)
+    return Shards.exchanged(call["vocab_group"], student.vocab_size, student.values.device, alike)
 
 
 def _without_gradients(problem: Problem) -> Problem:

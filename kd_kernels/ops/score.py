@@ -15,7 +15,7 @@ from kd_kernels.sources import result_dtype
 
 
 def _check_values(call: Scoring) -> None:
-    check_temperatures("temperature", torch.tensor([call.temperature], dtype=torch.float64, device="cpu"))
+    check_temperatures("temperature", call.temperature)
     if call.labels is not None and checks_values(call.device):
         check_range("labels", call.tokens.take(call.labels), call.vocab, otherwise=IGNORED)
 

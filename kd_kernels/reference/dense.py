@@ -183,6 +183,10 @@ def dense_distill(
         z_s, z_t = z_s[..., :common], z_t[..., :common]
     lead = z_s.shape[:-1]
     valid = torch.ones(lead, dtype=torch.bool, device=z_s.device)
+    if reduction not in ("mean", "sum", "batchmean", "none"):
+        raise ValueError(f"reduction must be mean, sum, batchmean or none, got {reduction!r}")
+    if hard_weight and labels is None:
+        raise ValueError(f"hard_weight={hard_weight} needs labels")
     if labels is not None:
         valid = valid & (labels != ignore_index)
     if mask is not None:
@@ -209,7 +213,6 @@ def dense_distill(
     if temperature_squared:
         loss = loss * t_s**2
     if hard_weight:
-        assert labels is not None
         nll = -z_s.log_softmax(-1).gather(-1, labels[valid][:, None])[:, 0]
         loss = loss + hard_weight * nll
     if token_weight is not None:
@@ -219,7 +222,7 @@ def dense_distill(
     if reduction == "sum":
         return loss.sum()
     if reduction == "batchmean":
-        return loss.sum() / lead[0]
+        return loss.sum() / max(lead[0] if len(lead) else 1, 1)
     if num_items is None or not valid.any():
         num_items = valid.sum().clamp(min=1)
     return loss.sum() / num_items
