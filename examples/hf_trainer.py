@@ -4,7 +4,7 @@
 
 The Trainer counts the labels of all batches of an optimizer step and hands the count to
 ``compute_loss``; as ``num_items`` it makes the step the same however it is cut into batches. This is
-for one process: under DDP or FSDP the student's forward must go through the wrapped module.
+for one process: docs/loops.md says what DDP wants.
 """
 
 from __future__ import annotations

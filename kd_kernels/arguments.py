@@ -237,6 +237,8 @@ def per_token(name: str, value: Scalar, lead: torch.Size, device: torch.device) 
         )
     if not (value.dtype.is_floating_point or value.dtype in (torch.int32, torch.int64)):
         raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None:
+        raise TypeError(f"{name} has a forward-mode derivative, but is not differentiated; pass its primal")
     if value.dim() == 0:
         return beside(name, value.detach(), device).to(torch.float64)
     check_per_token(name, value, lead, device)

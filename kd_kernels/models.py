@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
+from kd_kernels.arguments import outside_graphs
 from kd_kernels.model_types import BY_HAND, factors_of
 from kd_kernels.output_layer import (
     TENSOR_PARALLEL,
@@ -86,6 +87,7 @@ def head_from_model(model: nn.Module, hidden: Tensor) -> Head:
     return whole_head
 
 
+@outside_graphs
 def last_hidden_state(model: nn.Module, *args: Any, **inputs: Any) -> Tensor:
     """The last hidden state of a language model, as :meth:`Head.from_model` takes it; no logits computed.
 

@@ -69,10 +69,10 @@ def offset(cost: Tensor, a: Tensor, b: Tensor) -> Optional[Tensor]:
     each other, else 0; None where no problem is so. It moves no plan, and takes digits from potentials."""
     if cost.numel() == 0 or len(a) == 0:
         return None
-    cost, rows, columns = cost.detach(), a > 0, b > 0
+    rows, columns = a > 0, b > 0
     if cost.dim() == 2:
         rows, columns = rows.any(0), columns.any(0)
-    looks = cost.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = cost.device.type == "cpu"
     if looks:  # where a row's costs are not so, all of them are not
         first = rows.to(torch.uint8).argmax(-1)
         row = cost[first] if cost.dim() == 2 else cost[torch.arange(len(cost)), first]

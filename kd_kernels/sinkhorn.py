@@ -141,7 +141,8 @@ def sinkhorn(
         raise ValueError(f"epsilon_schedule must be finite and > 0, got {ahead}")
     epsilons = torch.cat([*(number(e)[None] for e in ahead), number(epsilon).expand(steps)])
     limit = 0.0 if exact else _TOLERANCES[state] if tolerance is None else tolerance
-    offset = P.offset(cost, a, b)
+    find = _traced_offset if torch.compiler.is_compiling() else P.offset
+    offset = find(*(x.detach() for x in (cost, a, b)))
     if offset is not None:
         cost = cost.to(state) - (offset[:, None, None] if cost.dim() == 3 else offset)
     phi, psi, transport, value, plan, found, *_ = _op(
@@ -182,6 +183,18 @@ def sinkhorn(
     if single:
         results = {name: None if x is None else x[0] for name, x in results.items()}
     return Transport(**results)
+
+
+@torch.library.custom_op("kd_kernels::cost_offset", mutates_args=())
+def _traced_offset(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """For a compiler, which cannot ask sizes that depend on values."""
+    found = P.offset(cost, a, b)
+    return a.new_zeros(a.shape[0] if cost.dim() == 3 else ()) if found is None else found
+
+
+@_traced_offset.register_fake
+def _(cost, a, b):
+    return a.new_empty(a.shape[0] if cost.dim() == 3 else ())
 
 
 def sinkhorn_divergence(

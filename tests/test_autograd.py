@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from cases import OBJECTIVES, Batch, batch_for, error, leaves
+from cases import DTYPES, OBJECTIVES, Batch, batch_for, error, leaves
 from plain import compare, gradients, widened
 from torch.utils.checkpoint import checkpoint
 
@@ -331,6 +331,25 @@ def test_strides(layout, reduction, monkeypatch):
         if layout != "strided" and kinds[1] == "head":
             pointers = {m.data_ptr() for products in seen for m in products}
             assert teacher.weight.data_ptr() in pointers, "the weight was copied"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_states_that_lie_in_columns(dtype, reduction):
+    """Their gradient does not: float16 sums it up in float32, by a product that writes rows."""
+    batch = Batch(lead=(24,))
+    found = []
+    for shaped in (lambda x: x, lambda x: x.t().contiguous().t()):
+        heads = [batch.source(side, "head", dtype) for side in ("student", "teacher")]
+        columns = [kd.Head(shaped(x.hidden), x.weight) for x in heads]
+        assert columns[0].hidden.is_contiguous() == (not found)
+        loss = kd.distill(*columns, JS, reduction=reduction, teacher_grad=True, workspace_bytes=24_000)
+        wanted = [x.hidden for x in heads]
+        found.append(
+            [loss, *torch.autograd.grad(loss, wanted, batch.upstream.to(loss) if loss.dim() else None)]
+        )
+    for rows, columns in zip(*found):
+        assert error(columns, rows) < 30 * torch.finfo(dtype).eps
 
 
 def test_upstream_gradients_of_all_strides():

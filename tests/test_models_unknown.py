@@ -37,6 +37,30 @@ def test_unknown_models_are_plain_heads():
           input_ids=torch.arange(12)[None])  # fmt: skip
 
 
+def test_logits_that_are_changed_in_place():
+    """What the model does to what it takes for logits must not reach the hidden states."""
+
+    class InPlace(Unknown):
+        def forward(self, input_ids):
+            logits = self.lm_head(self.body(input_ids))
+            logits *= 2.5
+            return SimpleNamespace(logits=logits)
+
+    model, ids = InPlace(), torch.arange(12)[None]
+    assert torch.equal(kd.last_hidden_state(model, ids), model.body(ids))
+
+
+def test_last_hidden_state_between_compiled_graphs():
+    """A compiler leaves the call as it stands."""
+    model, teacher, ids = Unknown(), torch.randn(1, 12, 12), torch.arange(12)[None]
+
+    def step(ids):
+        head = kd.Head.from_model(model, kd.last_hidden_state(model, ids))
+        return kd.distill(head, teacher, kd.ForwardKL())
+
+    torch.testing.assert_close(torch.compile(step, backend="aot_eager")(ids), step(ids))
+
+
 @pytest.mark.parametrize("name", SIGNALS)
 def test_unknown_models_that_announce_something(name):
     model = Unknown(**{name: True if name == "scale_decoder_outputs" else 3})

@@ -206,3 +206,19 @@ def test_a_schedule_from_far_above(backend):
     found = kd.sinkhorn(cost, a, b, domain="scaling", **options)
     wanted = kd.sinkhorn(cost, a, b, domain="log", **options)
     assert error(found.transport_cost, wanted.transport_cost) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masses_that_forbidden_pairs_keep_apart(backend, dtype):
+    """With one cost for all, as with a cost each: the error stays large, and the other problem is solved."""
+    cost = torch.tensor([[0.0, torch.inf], [0.0, 0.0]], dtype=dtype)
+    a, b = torch.tensor([[[0.7, 0.3], [0.2, 0.8]], [[0.3, 0.7], [0.5, 0.5]]], dtype=dtype)
+    found = []
+    for shared in (True, False):
+        own = (cost if shared else cost.expand(2, 2, 2)).clone().requires_grad_()
+        solved = kd.sinkhorn(own, a, b, epsilon=0.1, backend=backend)
+        (gradient,) = torch.autograd.grad(solved.transport_cost[1], own)
+        found.append((solved.marginal_error, gradient if shared else gradient.sum(0)))
+    for one, each in zip(*found):
+        torch.testing.assert_close(one, each)
+    assert found[0][0][0] > 0.5 and found[0][0][1] < 1e-4

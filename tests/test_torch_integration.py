@@ -329,3 +329,39 @@ def tensors(result):
         return []
     inner = result if isinstance(result, (tuple, list)) else vars(result).values()
     return [x for part in inner for x in tensors(part)]
+
+
+def test_a_graph_made_without_a_gradient_says_so():
+    """What is exported knows which gradients it was made with; no backward pass may leave one out."""
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(19, 8))
+
+        def forward(self, hidden, teacher):
+            return kd.distill(kd.Head(hidden, self.weight), teacher, kd.ForwardKL())
+
+    teacher, step = torch.randn(4, 19), Step()
+    for example in (False, True):
+        exported = torch.export.export(step, (torch.randn(4, 8, requires_grad=example), teacher)).module()
+        hidden = torch.randn(4, 8, requires_grad=True)
+        loss = exported(hidden, teacher)
+        if example:
+            loss.backward()
+            want = torch.autograd.grad(step(hidden, teacher), hidden)[0]
+            assert torch.equal(hidden.grad, want)
+        else:
+            with pytest.raises(RuntimeError, match="export or trace it with example inputs that require one"):
+                loss.backward()
+
+
+def test_forward_mode_is_refused_of_every_argument():
+    z, ones = torch.randn(4, 9), torch.ones(4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(ones, ones)
+        for call in ({"token_weight": dual}, {"temperature": dual}, {"teacher_temperature": dual}):
+            with pytest.raises(TypeError, match="forward-mode derivative"):
+                kd.distill(z, z, kd.ForwardKL(), **call)
+        with pytest.raises(TypeError, match="forward-mode derivative"):
+            kd.distill(z, z, kd.WeightedKL(dual, 1.0))

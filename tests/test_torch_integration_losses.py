@@ -120,6 +120,9 @@ WHOLE = {
     "sparse": Loss(lambda d: kd.distill(head(d), kd.SparseTarget(d["ids"], d["logprobs"]), JS), HEAD),
     "sinkhorn batch": Loss(with_parts, HEAD),
     "sinkhorn batch, compact": Loss(lambda d: kd.distill(head(d), d["teacher"], kd.SinkhornBatch()), HEAD),
+    "sinkhorn batch, labels": Loss(
+        lambda d: kd.distill(head(d), d["teacher"], kd.SinkhornBatch(), labels=d["labels"]), HEAD
+    ),
     "logprobs": Loss(lambda d: kd.linear_logprobs(head(d), d["labels"], entropy=True)[0].mean(), HEAD),
     "distance": Loss(lambda d: kd.relational_distance(flat(d["x"]), flat(d["y"])), ("x",), False),
     "angle": Loss(lambda d: kd.relational_angle(flat(d["x"]), flat(d["y"])), ("x",), False),

@@ -127,7 +127,10 @@ class HeadSide(HeadEnd):
         self.bias = None if model.bias is None else model.bias[:vocab].to(self.logits_dtype)
         self.offsets: dict[int, Tensor] = {}
         if model.needs[0]:
-            self.d_hidden = torch.empty_like(self.hidden, dtype=hidden_gradient_dtype(dtype))
+            # Rows one after the other, whatever the hidden states have: a product writes into some of them.
+            self.d_hidden = torch.empty_like(
+                self.hidden, dtype=hidden_gradient_dtype(dtype), memory_format=torch.contiguous_format
+            )
         if model.needs[1]:
             self.d_weight = self.cleared(lend(model.weight.shape, self.wide, model.weight.device))
         if model.needs[2]:

@@ -314,6 +314,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, upstream, *others):
     if upstream is None:  # the other outputs carry no gradient; distill hands them out detached
         return (None,) * len(ARGUMENTS)
+    if any(asked and not found for asked, found in zip(ctx.needs_input_grad, ctx.needs)):
+        raise RuntimeError(
+            "distill: an input requires a gradient that did not when this graph was made; export or trace it "
+            "with example inputs that require one"
+        )
     if ctx.deferred:
         (statistics,), inputs = saved(ctx)
         gradients = torch.ops.kd_kernels.row_divergence_backward(upstream, statistics, *inputs)
