@@ -146,6 +146,13 @@ def factors_of(owner: str, causal: nn.Module) -> Factors:
         if not hasattr(config, name):
             raise ValueError(f"{owner}: the config of model type {kind!r} lacks {name}, which shapes logits")
         found = getattr(config, name)
+        for module in (causal, getattr(causal, "model", None)):  # some read a copy made with the model
+            own = getattr(module, name, found)
+            if isinstance(own, (int, float)) and own != found:
+                raise ValueError(
+                    f"{owner}: {name} is {found} in the config and {own} in the model, and which of them its "
+                    f"forward reads is its own affair; set both alike"
+                )
         return default if found is None else found
 
     hidden = 1.0 / float(value(shaping.hidden_over, 1.0))

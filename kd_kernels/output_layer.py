@@ -211,7 +211,7 @@ def _gathered(what: str, tensor: Tensor, model: nn.Module, layer: nn.Module) -> 
     FSDP2's tensors are told from tensor-parallel ones by the modules: an ``FSDPModule`` of the model holds
     the output layer, and one dimension of the mesh at most is sharded (FSDP on top of tensor
     parallelism shards two). Every rank has gone through other data, so the gradients are summed over ranks
-    into the shards and divided by their number, as FSDP2 does by default.
+    into the shards and divided by their number, or by what FSDP2 was told to divide by.
     """
     from torch.distributed.tensor import Partial, Replicate
 
@@ -227,6 +227,13 @@ def _gathered(what: str, tensor: Tensor, model: nn.Module, layer: nn.Module) -> 
         )
     full = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if full.requires_grad:
-        ranks = mesh.size()
-        full.register_hook(lambda grad: grad / ranks)
+        divisor = _divide_factor(fsdp_modules(model, layer)[-1]) or mesh.size()
+        full.register_hook(lambda grad: grad / divisor)
     return full
+
+
+def _divide_factor(module: nn.Module) -> Optional[float]:
+    """What ``set_gradient_divide_factor`` left; None by default, and in a torch that keeps it elsewhere."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return getattr(groups[0], "gradient_divide_factor", None)

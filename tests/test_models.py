@@ -243,6 +243,15 @@ def test_a_bias_is_shaped_as_the_model_does(kind):
     check(model, input_ids=tokens())
 
 
+@pytest.mark.parametrize("kind, name", [("cohere", "logit_scale"), ("falcon_h1", "lm_head_multiplier")])
+def test_a_factor_that_was_changed_in_one_place(kind, name):
+    """The model reads the copy that it made, others the config."""
+    model = toy_model(kind)
+    setattr(model.config, name, 0.9)
+    with pytest.raises(ValueError, match=f"{name} is 0.9 in the config and .* in the model"):
+        kd.last_hidden_state(model, tokens())
+
+
 def test_two_biases():
     model = toy_model("bart", SEQ2SEQ, is_decoder=False, is_encoder_decoder=True)
     model.lm_head.bias = nn.Parameter(torch.randn(VOCAB))
