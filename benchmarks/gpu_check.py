@@ -78,7 +78,8 @@ def build(log: Path) -> Optional[str]:
 def tests(log: Path, seconds: float) -> str:
     """The last line that pytest says; the log names what failed as it fails, also where time runs out."""
     where = ROOT / "tests"
-    files = map(str, (where / "test_waits.py", where / "test_gpu.py", *sorted(where.glob("test_gpu_*.py"))))
+    first = (where / f"test_{name}.py" for name in ("waits", "gpu", "vocabulary_parallel"))
+    files = map(str, (*first, *sorted(where.glob("test_gpu_*.py"))))
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "--tb=short", *files]
     if importlib.util.find_spec("xdist") is not None:  # most of the time is spent compiling
         command += ["-n", str(min(12, os.cpu_count() or 1))]
