@@ -240,6 +240,28 @@ def check_sums_are_not_in_16_bits(world, rank, mesh):
     assert found and not {torch.bfloat16, torch.float16} & set(found)
 
 
+def check_parts_that_cancel(world, rank, mesh):
+    """What the rows of a weight have in common cancels over all ranks and not within one: no summand may be
+    rounded to 16 bits."""
+    g = torch.Generator().manual_seed(5)
+    hidden, vocab = torch.randn(16, 32, generator=g), 1024
+    weight = 0.1 * torch.randn(vocab, 32, generator=g) + torch.randn(32, generator=g)
+    teacher = torch.randn(16, vocab, generator=g) - 0.7 * (torch.arange(vocab) < vocab // 2)
+    part, dtype = part_of(vocab, world, rank), torch.bfloat16
+    for deferred in (False, True):
+        reduction, found = "none" if deferred else "mean", []
+        for h, w, t, group in (
+            (hidden.to(dtype).double(), weight.to(dtype).double(), teacher.double(), None),
+            (hidden.to(dtype), weight.to(dtype), teacher, None),
+            (hidden.to(dtype), weight.to(dtype)[part], teacher[:, part], dist.group.WORLD),
+        ):
+            h = h.clone().requires_grad_()
+            loss = kd.distill(kd.Head(h, w), t, kd.ForwardKL(), reduction=reduction, vocab_group=group)
+            found += torch.autograd.grad(loss.sum(), h)
+        exact, whole, split = found
+        assert error(split, exact) <= 2 * error(whole, exact)
+
+
 def check_disagreement(world, rank, mesh):
     """What would end in waiting or in wrong sums is an error on every rank."""
     student, teacher, part = rows(world, rank)

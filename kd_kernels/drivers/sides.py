@@ -31,6 +31,7 @@ class Model:
     temperature: Number
     needs: tuple[bool, bool, bool]  # gradient of values, weight, bias
     later: bool = False  # whether a walk to come finds gradients: it has to fit the workspace, too
+    split: bool = False  # whether this is a part of the vocabulary, and d hidden a summand
 
     @property
     def token_count(self) -> int:
@@ -49,9 +50,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def hidden_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What d hidden is kept in until it is scaled: float16 has no room for sums before the denominator."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def hidden_gradient_dtype(dtype: torch.dtype, split: bool = False) -> torch.dtype:
+    """What d hidden is kept in until it is scaled: float16 has no room for sums before the denominator, and
+    parts of a vocabulary that is split cancel in their sum only."""
+    return accumulate_dtype(dtype) if split or dtype == torch.float16 else dtype
 
 
 class HeadEnd:
@@ -129,7 +131,9 @@ class HeadSide(HeadEnd):
         if model.needs[0]:
             # Rows one after the other, whatever the hidden states have: a product writes into some of them.
             self.d_hidden = torch.empty_like(
-                self.hidden, dtype=hidden_gradient_dtype(dtype), memory_format=torch.contiguous_format
+                self.hidden,
+                dtype=hidden_gradient_dtype(dtype, model.split),
+                memory_format=torch.contiguous_format,
             )
         if model.needs[1]:
             self.d_weight = self.cleared(lend(model.weight.shape, self.wide, model.weight.device))

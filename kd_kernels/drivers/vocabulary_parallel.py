@@ -46,10 +46,10 @@ class Shards:
         return int(found)
 
     def summed(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, made in float32 at least."""
-        wide = x.to(accumulate_dtype(x.dtype))
-        dist.all_reduce(wide, group=self.group)
-        return wide.to(x.dtype)
+        """The sum over the ranks of what each has in float32 at least."""
+        assert x.dtype == accumulate_dtype(x.dtype)
+        dist.all_reduce(x, group=self.group)
+        return x
 
     def join_statistics(self, job: R.RowJob) -> None:
         stats = job.statistics

@@ -120,6 +120,7 @@ def _unpack(call: dict) -> Problem:
             temperature=_on_host(call[f"{side}_temperature"]),
             needs=needs[3 * i : 3 * i + 3],
             later=any(needs[3 * i : 3 * i + 3]),
+            split=call["vocab_group"] is not None,
         )
         for i, side in enumerate(("student", "teacher"))
     ]
@@ -251,7 +252,8 @@ def _(*args):
             tensor, is_head = args[i], args[i - i % 3 + 1] is not None
             dtype_i = (call["compute_dtype"] or args[i - i % 3].dtype) if is_head else tensor.dtype
             if is_head:
-                dtype_i = hidden_gradient_dtype(dtype_i) if i % 3 == 0 else accumulate_dtype(dtype_i)
+                split = call["vocab_group"] is not None
+                dtype_i = hidden_gradient_dtype(dtype_i, split) if i % 3 == 0 else accumulate_dtype(dtype_i)
             gradients[i] = of(*tensor.shape, dtype=dtype_i)
     loss = of(tokens, dtype=dtype) if call["per_token"] else of(dtype=dtype)
     return (loss, of(tokens, R.TERM_COLUMNS, dtype=dtype), of(tokens, R.STATISTIC_COLUMNS), of(), *gradients)
