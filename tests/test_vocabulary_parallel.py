@@ -97,7 +97,7 @@ def compare(
     mine = [own(x, part, device) for x in rounded]
     here = {k: v.to(device) if isinstance(v, Tensor) and v.dim() else v for k, v in asked.items()}
     here |= {"vocab_group": dist.group.WORLD, "backend": backend}
-    terms, found = gradients(*mine, objective, upstream, workspace_bytes=8_000, **here)
+    terms, found = gradients(*mine, objective, upstream, workspace_bytes=8_000 << 3 * rank, **here)
     (exact_terms, exact_found), (whole_terms, whole_found) = results
     for what, ours, whole, truth in zip(
         ("terms", "gradients"), (terms, found), (whole_terms, whole_found), (exact_terms, exact_found)
